@@ -1,0 +1,1 @@
+"""A diffusion transformer over neural network checkpoints: prompt a loss, get weights."""

@@ -1,0 +1,6 @@
+"""Command line of gpt-diffusion."""
+
+
+def main() -> int:
+    """Run the command line."""
+    return 0

@@ -1,0 +1,1 @@
+"""Infinite-width networks that learn features, and their finite twins."""

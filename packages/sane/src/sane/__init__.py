@@ -1,0 +1,1 @@
+"""Sequential autoencoder of neural network weights: embed, analyse and sample models."""

@@ -1,0 +1,1 @@
+"""Files, layouts, tokens, symmetries and tasks for learning in weight space."""
