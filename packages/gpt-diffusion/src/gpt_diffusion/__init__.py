@@ -1,1 +1,27 @@
 """A diffusion transformer over neural network checkpoints: prompt a loss, get weights."""
+
+import importlib
+
+_MODULE_OF = {
+    "Diffusion": "diffusion",
+    "GptModel": "model",
+    "ScalarEmbedding": "embedding",
+    "create_diffusion": "diffusion",
+    "get_normalizer": "normalization",
+    "sample": "sampling",
+    "space_timesteps": "diffusion",
+}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used (PEP 562), so that the command line starts without torch."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return __all__

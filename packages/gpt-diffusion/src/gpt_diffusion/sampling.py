@@ -1,0 +1,98 @@
+"""Sampling checkpoints from a trained denoiser.
+
+Shapes: ``n`` samples, ``d`` weights of the task network.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gpt_diffusion.diffusion import Diffusion
+from gpt_diffusion.model import Denoiser
+
+
+@torch.no_grad()
+def sample(
+    model: Denoiser,
+    diffusion: Diffusion,
+    *,
+    start: Tensor,
+    prompt: Tensor,
+    start_metric: Tensor,
+    sampler: Literal["ddpm", "ddim"] = "ddpm",
+    eta: float = 0.0,
+    clip: tuple[float, float] | None = None,
+    generator: torch.Generator | None = None,
+    noise: Iterable[Tensor] | None = None,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Sample checkpoints that should reach the prompted metric, from their starting checkpoints.
+
+    Starts from x_T ~ N(0, 1) and visits every step of the process: ancestral sampling (DDPM; Ho et al. 2020,
+    algorithm 2) or DDIM (Song et al. 2021). With DDIM and ``eta = 0`` the first draw is the only one.
+
+    Args:
+        model: The denoiser; its mode (training or evaluation) is left as it is.
+        diffusion: The process; respaced for fewer steps.
+        start: Starting checkpoints (n, d), normalised.
+        prompt: Metric asked for (n,), raw units.
+        start_metric: Metric of ``start`` (n,), raw units.
+        sampler: Which of the two.
+        eta: Noise of DDIM, 0 = deterministic, 1 = as much as DDPM.
+        clip: Range that the predicted x_0 is clamped to ("static" thresholding), in normalised space.
+        generator: Source of the noise, on the device of ``start``.
+        noise: The normal draws (n, d) themselves: the initial state, then one for each step, also those that use none.
+        batch_size: Rows that go through the model at a time; bounds memory, the result does not depend on it.
+        progress: Called as ``progress(steps done, steps in all)`` after each step.
+
+    Returns:
+        Sampled checkpoints (n, d), normalised.
+
+    Raises:
+        ValueError: Unknown sampler, or shapes that do not fit.
+    """
+    n = len(start)
+    if sampler not in ("ddpm", "ddim"):
+        raise ValueError(f"sampler {sampler!r} is unknown; use ddpm or ddim")
+    for name, value in (("prompt", prompt), ("start_metric", start_metric)):
+        if value.shape != (n,):
+            raise ValueError(f"{name}: expected ({n},), one per start, got {tuple(value.shape)}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    draws = _normal_draws(start, generator) if noise is None else iter(noise)
+    denoise = _in_batches(model, prompt, start_metric, start, batch_size or max(n, 1))
+    denoised_fn = None if clip is None else lambda x_start: x_start.clamp(*clip)
+    x = next(draws)
+    for done, step in enumerate(reversed(range(diffusion.num_timesteps)), start=1):
+        t = torch.full((n,), step, device=start.device)
+        if sampler == "ddpm":
+            x = diffusion.p_sample(denoise, x, t, next(draws), clip_denoised=False, denoised_fn=denoised_fn).sample
+        else:
+            eps = None if eta == 0 and noise is None else next(draws)
+            x = diffusion.ddim_sample(
+                denoise, x, t, eps, eta=eta, clip_denoised=False, denoised_fn=denoised_fn
+            ).sample
+        if progress is not None:
+            progress(done, diffusion.num_timesteps)
+    return x
+
+
+def _normal_draws(like: Tensor, generator: torch.Generator | None) -> Iterator[Tensor]:
+    """Endless standard normal tensors of one shape."""
+    for _ in itertools.count():
+        yield torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
+
+def _in_batches(
+    model: Denoiser, prompt: Tensor, start_metric: Tensor, start: Tensor, batch_size: int
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The model bound to its conditions, run over at most ``batch_size`` rows at a time."""
+    rows = [slice(i, i + batch_size) for i in range(0, max(len(start), 1), batch_size)]
+    bound = [model.condition(prompt[r], start_metric[r], start[r]) for r in rows]
+    if len(rows) == 1:
+        return bound[0]
+    return lambda x, t: torch.cat([f(x[r], t[r]) for f, r in zip(bound, rows, strict=True)])

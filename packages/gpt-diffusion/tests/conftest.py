@@ -1,0 +1,38 @@
+import pytest
+import torch
+from gpt_diffusion.model import GptModel
+from support.golden import fill
+
+
+@pytest.fixture
+def build_model():
+    """A model of a golden's config, built without drawing its initial weights."""
+
+    def build(config):
+        keys = ["split_policy", "chunk_size", "n_layer", "n_head", "n_embd", "num_frequencies", "max_freq_log2"]
+        keys += ["absolute_loss_conditioning", "encoder_depth", "decoder_depth"]
+        with torch.device("meta"):
+            model = GptModel(config["parameter_sizes"], **{k: config[k] for k in keys if k in config})
+        return model.to_empty(device="cpu").eval()
+
+    return build
+
+
+@pytest.fixture
+def filled_model(build_model):
+    """The same with the weights of the goldens' recipe."""
+
+    def build(config):
+        model = build_model(config)
+        count, largest = config["num_frequencies"], config["max_freq_log2"]
+        with torch.no_grad():
+            for key, tensor in model.state_dict().items():
+                if key == "scalar_embedder.frequencies":
+                    tensor.copy_(2.0 ** (torch.arange(count, dtype=torch.float64) * largest / (count - 1)))
+                elif ".ln" in key and key.endswith("weight"):
+                    tensor.copy_(1 + fill(key, tensor.shape, 0.1))
+                else:
+                    tensor.copy_(fill(key, tensor.shape, 0.02))
+        return model
+
+    return build
