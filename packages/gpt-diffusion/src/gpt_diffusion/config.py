@@ -1,0 +1,295 @@
+"""Configurations: typed trees with the published keys, presets, YAML files and ``key=value`` overrides.
+
+Keys that the published configurations do not have are ours; their meaning stands beside each field.
+"""
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Which checkpoints are learned, and which pairs of them."""
+
+    name: str = "digits_loss"
+    """Task: what the network is and what its metric means."""
+    path: str = "zoo"
+    """Folder of the zoo."""
+    train_metric: str | None = None
+    """Metric of the zoo that prompts mean; the task's own by default."""
+    target_epoch_size: int = 100_800
+    """Pairs in an epoch, rounded down to a multiple of the number of runs."""
+    max_train_runs: int = 1_000_000
+    """Use at most this many training runs."""
+    min_step_spacing: int = 1
+    """Smallest distance of the two checkpoints of a pair, in save points."""
+    max_step_spacing: int | None = None
+    """Largest distance; unlimited by default."""
+    pairs: Literal["spacing", "prompts"] = "spacing"
+    """``spacing``: the distance of a pair is uniform (published). ``prompts`` (ours): half of the starts are
+    initialisations, and most targets are chosen uniformly in the metric."""
+    normalizer: Literal["openai", "none"] = "openai"
+    """Multiply the weights by ``openai_coeff``, or leave them."""
+    openai_coeff: float | None = None
+    """Coefficient; 0.538 / (standard deviation of the training weights) by default."""
+    augment: bool = True
+    """Permute the hidden units of every pair at random (has no effect on unit tokens and is left out there)."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The denoiser."""
+
+    tokens: Literal["layers", "units"] = "layers"
+    """``layers``: the published chunks of layers. ``units`` (ours): one token per hidden unit, equivariant."""
+    split_policy: Literal["chunk", "layer_by_layer", "chunk_within_layer", "chunk_within_input"] = "chunk_within_layer"
+    chunk_size: int = 1000
+    n_embd: int = 1536
+    n_head: int = 16
+    n_layer: int = 12
+    encoder_depth: int = 1
+    decoder_depth: int = 1
+    dropout_prob: float = 0.0
+    num_frequencies: int = 128
+    max_freq_log2: float = 14
+    predict_xstart: bool = True
+    absolute_loss_conditioning: bool = True
+    ema: bool = True
+    """Keep a moving average of the weights; it is what samples."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The training loop."""
+
+    num_ep: int = 2000
+    """Epochs, unless ``max_steps`` is given."""
+    max_steps: int | None = None
+    """Optimizer steps in all (ours): fixes the amount of training whatever the number of runs."""
+    mb_size: int = 1024
+    base_lr: float = 4e-4
+    lr_sch: Literal["cos", "fixed"] = "cos"
+    warmup_epochs: float = 5
+    warmup_factor: float = 0.0
+    wd: float = 0.1
+    beta2: float = 0.999
+    grad_clip: float = 0.75
+    """Largest global gradient norm; 0 switches clipping off."""
+    ema_decay: float = 0.9999
+    ema_warmup: bool = False
+    """Start with short averages, decay min(ema_decay, (1 + k) / (10 + k)) at step k (ours)."""
+    behaviour_weight: float = 0.0
+    """Weight of the KL divergence between the outputs of target and predicted network (ours; 0: published loss)."""
+    behaviour_batch: int = 64
+    """Training inputs for that term, drawn anew in every step."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast; the optimizer state stays in float32."""
+    compile: bool = False
+    """Compile the denoiser with torch.compile."""
+    checkpoint_freq: int = 1000
+    """Steps between two saved training states; the last one is always saved."""
+    log_freq: int = 50
+    """Steps between two lines of metrics.jsonl; the loss is read from the device only then."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How networks are sampled."""
+
+    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    steps: int = 1000
+    """Denoising steps, at most 1000."""
+    thresholding: Literal["none", "static"] = "none"
+    """static: clamp predicted weights to the range of the training weights."""
+
+
+@dataclass(frozen=True)
+class VisConfig:
+    """Evaluation by prompting."""
+
+    num_nets_per_gpu: int = 8
+    """Starting networks per group (training runs, unseen runs)."""
+    dvo_steps: int = 20
+    """Prompts per network on the desired-versus-observed curve."""
+    prompt_start_coeff: float = 1.0
+    """The curve ends at this multiple of the starting metric."""
+    recursive_steps: int = 2
+    """Prompted steps in recursive prompting."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that defines one experiment."""
+
+    exp_name: str = "digits_loss"
+    out_dir: str = "results"
+    rng_seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    train: OptimConfig = field(default_factory=OptimConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    vis: VisConfig = field(default_factory=VisConfig)
+
+    def __post_init__(self) -> None:
+        """Reject settings that would only fail later."""
+        positive = {
+            "train.mb_size": self.train.mb_size,
+            "train.num_ep": self.train.num_ep,
+            "train.max_steps": 1 if self.train.max_steps is None else self.train.max_steps,
+            "train.checkpoint_freq": self.train.checkpoint_freq,
+            "train.log_freq": self.train.log_freq,
+            "train.behaviour_batch": self.train.behaviour_batch,
+            "sampling.steps": self.sampling.steps,
+            "vis.num_nets_per_gpu": self.vis.num_nets_per_gpu,
+            "vis.recursive_steps": self.vis.recursive_steps,
+            "dataset.max_train_runs": self.dataset.max_train_runs,
+        }
+        for key, value in positive.items():
+            if value < 1:
+                raise ValueError(f"{key} must be at least 1, got {value}")
+        if self.sampling.steps > 1000:
+            raise ValueError(f"sampling.steps must be at most 1000, got {self.sampling.steps}")
+        if self.vis.dvo_steps < 2:
+            raise ValueError(f"vis.dvo_steps must be at least 2, got {self.vis.dvo_steps}")
+        if not self.exp_name or Path(self.exp_name).name != self.exp_name:
+            raise ValueError(f"exp_name must be a plain folder name, got {self.exp_name!r}")
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return Path(self.out_dir) / self.exp_name
+
+
+_DIGITS_LOSS: dict[str, Any] = {
+    "exp_name": "digits_loss",
+    "dataset": {"name": "digits_loss", "path": "zoo", "target_epoch_size": 6400, "pairs": "prompts"},
+    "transformer": {"tokens": "units", "n_embd": 128, "n_head": 4, "n_layer": 4},
+    "train": {
+        "max_steps": 1500,
+        "mb_size": 64,
+        "base_lr": 3e-3,
+        "warmup_epochs": 0.5,
+        "wd": 0.01,
+        "beta2": 0.99,
+        "grad_clip": 1.0,
+        "ema_decay": 0.995,
+        "ema_warmup": True,
+        "behaviour_weight": 0.3,
+        "checkpoint_freq": 500,
+    },
+    "sampling": {"sampler": "ddim", "steps": 20},
+    "vis": {"num_nets_per_gpu": 32},
+}
+
+#: Built-in configurations by name.
+PRESETS: dict[str, dict[str, Any]] = {"digits_loss": _DIGITS_LOSS}
+
+
+def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """A preset or YAML file, changed by ``key=value`` overrides.
+
+    Args:
+        name_or_path: Name of a preset, or a YAML file with the same tree of keys.
+        overrides: For example ``train.base_lr=1e-3``; values are read as YAML.
+
+    Raises:
+        FileNotFoundError: Neither a preset nor a file; the message has the nearest preset.
+        ValueError: Unknown key or unfit value; the message names both.
+    """
+    name = str(name_or_path).replace("-", "_")
+    if name in PRESETS:
+        tree: Any = PRESETS[name]
+    elif Path(name_or_path).is_file():
+        tree = _read_yaml(Path(name_or_path))
+    else:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0)[0]
+        raise FileNotFoundError(
+            f"configuration {str(name_or_path)!r} is neither a file nor built in; did you mean {near!r}? "
+            f"Built in: {', '.join(PRESETS)}"
+        )
+    for override in overrides:
+        tree = _override(tree, override)
+    return config_from_dict(tree)
+
+
+def config_from_dict(tree: Mapping[str, Any]) -> Config:
+    """Build a configuration from nested dictionaries; absent keys have their defaults."""
+    config: Config = _build(Config, tree, "")
+    return config
+
+
+def config_to_yaml(config: Config) -> str:
+    """All keys with their values, readable by :func:`load_config`."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> Any:  # noqa: ANN401 (checked by _build)
+    try:
+        return yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+
+
+def _override(tree: Any, override: str) -> dict[str, Any]:  # noqa: ANN401 (a tree of YAML values)
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"override {override!r} must have the form key=value, for example train.mb_size=32")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    first, *rest = key.split(".")
+    below = value
+    if rest:
+        below = _override(tree.get(first) or {}, f"{'.'.join(rest)}={text}")
+    return {**tree, first: below}
+
+
+def _build(kind: type, tree: Any, where: str) -> Any:  # noqa: ANN401 (one of the dataclasses above)
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{where or 'configuration'}: expected a group of keys, got {tree!r}")
+    hints = get_type_hints(kind)
+    for key in tree:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0)[0]
+            raise ValueError(f"unknown configuration key {where + str(key)!r}; did you mean {where + near!r}?")
+    values = {}
+    for key, value in tree.items():
+        hint = hints[key]
+        nested = dataclasses.is_dataclass(hint) and isinstance(hint, type)
+        values[key] = _build(hint, value, f"{where}{key}.") if nested else _fit(value, hint, where + key)
+    return kind(**values)
+
+
+def _fit(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401 (a YAML value and a type)
+    if get_origin(hint) in (Union, types.UnionType):
+        options = get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        hint = next(option for option in options if option is not type(None))
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        raise ValueError(f"{key}: expected one of {', '.join(map(str, get_args(hint)))}, got {value!r}")
+    if hint is float:
+        try:  # YAML 1.1 reads 1e-3 as text
+            return float(value) if not isinstance(value, bool) else _fail(value, hint, key)
+        except (TypeError, ValueError):
+            return _fail(value, hint, key)
+    if isinstance(value, bool) is (hint is bool) and isinstance(value, hint):
+        return value
+    if hint is str and not isinstance(value, (Mapping, list)) and value is not None:
+        return str(value)
+    return _fail(value, hint, key)
+
+
+def _fail(value: Any, hint: type, key: str) -> None:  # noqa: ANN401 (any YAML value)
+    raise ValueError(f"{key}: expected {hint.__name__}, got {value!r}")

@@ -1,0 +1,305 @@
+"""Training a checkpoint diffusion model on one zoo: a loop to read, copy and change."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from zoo_common.checkpoint import load_training, save_training
+from zoo_common.files import atomic_write
+from zoo_common.population import Population
+from zoo_common.symmetry import Symmetry
+from zoo_common.tasks import Task, get_task
+from zoo_common.zoo import Zoo
+
+from gpt_diffusion.behaviour import BehaviourLoss
+from gpt_diffusion.config import Config, config_to_yaml, load_config
+from gpt_diffusion.dataset import Pairs, ParameterDataset, mix_seed
+from gpt_diffusion.device import choose_device
+from gpt_diffusion.diffusion import Diffusion
+from gpt_diffusion.normalization import get_normalizer
+from gpt_diffusion.optim import averaged_copy, learning_rate, make_optimizer, update_model
+from gpt_diffusion.pretrained import ModelInfo, Pretrained, build_model, make_diffusion
+from gpt_diffusion.units import UnitTokens
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a finished or interrupted training came to."""
+
+    folder: Path
+    step: int
+    steps: int
+    loss: float
+    """Mean training loss since the last line of the log."""
+    seconds: float
+    """Of this session."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done; else resume."""
+        return self.step == self.steps
+
+
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    data_dir: Path | None = None,
+    limit_seconds: float | None = None,
+    quiet: bool = False,
+) -> TrainReport:
+    """Train the denoiser of a configuration and write ``model.safetensors`` to its folder.
+
+    The folder also receives ``config.yaml``, ``metrics.jsonl`` and ``state.safetensors``, from which a killed training
+    resumes to the same result. Ctrl-C and ``limit_seconds`` save the state and stop.
+
+    Args:
+        config: All settings; ``config.folder`` must be new unless ``resume``.
+        resume: Go on from the state in the folder (start, if there is none).
+        data_dir: Data of the task, only for the behaviour term.
+        limit_seconds: Stop after this time.
+        quiet: No progress bar.
+
+    Raises:
+        FileNotFoundError: No zoo, or nothing to resume.
+        ValueError: Zoo, configuration and saved state do not fit each other, or the loss is not finite.
+    """
+    device = choose_device(config.device)
+    task = get_task(config.dataset.name, data_dir)
+    zoo = Zoo.open(config.dataset.path)
+    dataset, info = prepare(config, zoo, task, device)
+    folder = _open_folder(config, resume)
+    torch.manual_seed(config.rng_seed)
+    run = _Run(config, dataset, info, device, _behaviour(config, task, device))
+    if resume and (folder / "state.safetensors").exists():
+        run.load(folder / "state.safetensors")
+    report = run.loop(folder, limit_seconds, quiet)
+    if report.finished:
+        Pretrained(run.average, config, info).save(folder / "model.safetensors")
+    return report
+
+
+def prepare(config: Config, zoo: Zoo, task: Task, device: torch.device) -> tuple[ParameterDataset, ModelInfo]:
+    """The training pairs of a zoo, and what the model must know of them."""
+    data = config.dataset
+    metric = data.train_metric or task.metric_name
+    if metric not in zoo.metrics:
+        raise ValueError(f"{data.path}: no metric {metric!r}; the zoo has {', '.join(zoo.metrics)}")
+    symmetry = task.symmetry()
+    if zoo.layout.shapes != symmetry.layout.shapes:
+        raise ValueError(
+            f"{data.path}: the zoo holds {_describe(zoo.layout)}, task {task.name!r} has {_describe(symmetry.layout)}"
+        )
+    runs = np.intersect1d(zoo.split("train"), zoo.filter().kept)[: data.max_train_runs]
+    stats = zoo.stats(runs=runs)
+    coeff = data.openai_coeff or 0.538 / stats.overall_std
+    units = config.transformer.tokens == "units"
+    dataset = ParameterDataset(
+        zoo,
+        runs,
+        metric=metric,
+        normalizer=get_normalizer(data.normalizer, coeff),
+        mode=data.pairs,
+        min_spacing=data.min_step_spacing,
+        max_spacing=data.max_step_spacing,
+        epoch_size=data.target_epoch_size,
+        symmetry=symmetry if data.augment and not units else None,
+        seed=config.rng_seed,
+        device=device,
+    )
+    table = dataset.metrics[runs]
+    last = table[np.arange(len(runs)), dataset.lengths[runs] - 1]
+    info = ModelInfo(
+        layout=zoo.layout,
+        metric=metric,
+        metric_log=metric.endswith("loss"),
+        metric_scale=float(np.nanstd(table)),
+        openai_coeff=coeff,
+        weight_range=(stats.low, stats.high),
+        best_metric=float(np.nanmin(table) if task.minimize else np.nanmax(table)),
+        final_metric=float(np.median(last)),
+        units=UnitTokens.from_symmetry(symmetry) if units else None,
+    )
+    return dataset, info
+
+
+class _Run:
+    """State of one training: models, optimizer, step counter."""
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: ParameterDataset,
+        info: ModelInfo,
+        device: torch.device,
+        behaviour: BehaviourLoss | None,
+    ) -> None:
+        self.config, self.dataset, self.device, self.behaviour = config, dataset, device, behaviour
+        self.optim = config.train
+        self.model = build_model(config.transformer, info).to(device)
+        self.average = averaged_copy(self.model)
+        self.optimizer = make_optimizer(
+            self.model, lr=self.optim.base_lr, weight_decay=self.optim.wd, beta2=self.optim.beta2
+        )
+        self.forward: Callable[..., Tensor] = torch.compile(self.model) if self.optim.compile else self.model
+        self.diffusion = make_diffusion(config)
+        self.per_epoch = dataset.batches_per_epoch(self.optim.mb_size)
+        self.steps = self.optim.max_steps or self.optim.num_ep * self.per_epoch
+        self.step = 0
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, mse, number since the last log line
+        self.last_loss = math.nan
+
+    def loop(self, folder: Path, limit_seconds: float | None, quiet: bool) -> TrainReport:
+        """Train to the end, to the time limit or to Ctrl-C; the state is saved in each case."""
+        began = time.monotonic()
+        log = _trimmed_log(folder / "metrics.jsonl", self.step)
+        bar = tqdm(
+            total=self.steps, initial=self.step, desc="train", unit="step", disable=quiet, file=sys.stderr, leave=False
+        )
+        with bar:
+            try:
+                while self.step < self.steps:
+                    self.advance()
+                    bar.update()
+                    if self.step % self.optim.log_freq == 0 or self.step == self.steps:
+                        self.write_log(log, bar, time.monotonic() - began)
+                    if self.step % self.optim.checkpoint_freq == 0 and self.step < self.steps:
+                        self.save(folder / "state.safetensors")
+                    if limit_seconds is not None and time.monotonic() - began > limit_seconds:
+                        break
+            except KeyboardInterrupt:
+                pass
+            self.save(folder / "state.safetensors")
+        return TrainReport(folder, self.step, self.steps, self.last_loss, time.monotonic() - began)
+
+    def advance(self) -> None:
+        """One optimizer step, a function of the state and of the step number."""
+        optim, epoch = self.optim, self.step / self.per_epoch
+        generator = torch.Generator(self.device).manual_seed(mix_seed(self.config.rng_seed, 2, self.step))
+        pairs = self.dataset.batch(optim.mb_size, self.step)
+        lr = learning_rate(
+            epoch,
+            base_lr=optim.base_lr,
+            num_epochs=self.steps / self.per_epoch,
+            warmup_epochs=optim.warmup_epochs,
+            warmup_factor=optim.warmup_factor,
+            schedule=optim.lr_sch,
+        )
+        decay = min(optim.ema_decay, (1 + self.step) / (10 + self.step)) if optim.ema_warmup else optim.ema_decay
+        if not self.config.transformer.ema:
+            decay = 0.0
+        loss, mse = self.loss(pairs, generator)
+        update_model(
+            loss,
+            self.model,
+            self.optimizer,
+            lr=lr,
+            grad_clip=optim.grad_clip,
+            average=self.average,
+            decay=decay,
+        )
+        self.step += 1
+        self.sums += torch.stack([loss.detach(), mse, torch.ones_like(mse)])
+
+    def loss(self, pairs: Pairs, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Objective and its part in weight space, two scalars."""
+        times = (len(pairs.start),)
+        t = torch.randint(self.diffusion.num_timesteps, times, generator=generator, device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.optim.precision == "bf16"):
+            terms = self.diffusion.training_losses(
+                self.forward,
+                pairs.target,
+                t,
+                loss_target=pairs.target_metric,
+                loss_prev=pairs.start_metric,
+                x_prev=pairs.start,
+                generator=generator,
+            )
+        loss, mse = terms.loss.mean(), terms.loss.detach().mean()
+        if self.behaviour is not None:
+            unnormalize = self.dataset.normalizer.unnormalize
+            divergence = self.behaviour(unnormalize(terms.pred_xstart), unnormalize(pairs.target), generator)
+            loss = loss + self.optim.behaviour_weight * divergence.mean()
+        return loss, mse
+
+    def write_log(self, log: Path, bar: tqdm, seconds: float) -> None:
+        """Append the means since the last line."""
+        loss, mse, count = self.sums.tolist()
+        self.sums.zero_()
+        self.last_loss = loss / count
+        if not math.isfinite(self.last_loss):
+            raise ValueError(
+                f"the training loss is {self.last_loss} at step {self.step}; lower train.base_lr "
+                f"({self.optim.base_lr}) or use train.precision=fp32"
+            )
+        line = {
+            "step": self.step,
+            "epoch": self.step / self.per_epoch,
+            "loss": self.last_loss,
+            "mse": mse / count,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": round(seconds, 3),
+        }
+        with log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        bar.set_postfix(loss=f"{self.last_loss:.4f}")
+
+    def save(self, path: Path) -> None:
+        """Write everything that :meth:`load` needs to go on."""
+        save_training(path, **self._parts(), progress={"step": self.step, "sums": self.sums, "loss": self.last_loss})
+
+    def load(self, path: Path) -> None:
+        """Go back to a saved state."""
+        progress = load_training(path, **self._parts())
+        self.step, self.last_loss = progress["step"], progress["loss"]
+        self.sums.copy_(progress["sums"])
+
+    def _parts(self) -> dict[str, Any]:
+        modules: dict[str, nn.Module] = {"model": self.model, "average": self.average}
+        return {"modules": modules, "optimizers": {"adamw": self.optimizer}}
+
+
+def _behaviour(config: Config, task: Task, device: torch.device) -> BehaviourLoss | None:
+    if config.train.behaviour_weight == 0:
+        return None
+    if task.splits is None:
+        raise ValueError(f"train.behaviour_weight: task {task.name!r} has no training inputs; set it to 0")
+    images = task.splits().train.images.to(device)
+    return BehaviourLoss(Population(task.constructor()), images, config.train.behaviour_batch)
+
+
+def _open_folder(config: Config, resume: bool) -> Path:
+    """Create the run's folder with its ``config.yaml``, or check that a resumed one has the same."""
+    folder = config.folder
+    stored = folder / "config.yaml"
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} already holds a run; use --resume to go on, or another exp_name or out_dir")
+    if resume and not stored.exists():
+        raise FileNotFoundError(f"nothing to resume in {folder}; start the run without --resume")
+    if stored.exists():
+        if load_config(stored) != config:
+            raise ValueError(f"{stored} differs from the configuration given; resume with the same settings")
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(stored) as temporary:
+        temporary.write_text(config_to_yaml(config))
+    return folder
+
+
+def _trimmed_log(path: Path, step: int) -> Path:
+    """Drop the lines that a killed session wrote after its last saved state."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(kept))
+    return path
