@@ -1,0 +1,185 @@
+"""Tasks: what is trained, on which data, and how a trained network is judged.
+
+A task is the contract that a checkpoint model needs (constructor, data, metric, prompts). The built-in ones classify
+images; each comes with a ``_loss`` variant (mean cross entropy) and an ``_error`` variant (top-1 error in percent).
+Other packages add theirs through the entry-point group ``zoo_common.tasks``: the entry's name is the task's name, its
+value a function ``(data_dir: Path | None) -> Task``.
+"""
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo_common.datasets import Splits, load_dataset
+
+
+class Mlp(nn.Module):
+    """The published MNIST network: flatten, Linear, ReLU, Linear; the digits use it with 64 inputs."""
+
+    def __init__(self, inputs: int = 784, hidden: int = 10, classes: int = 10) -> None:
+        """Initialise as torch's Linear does."""
+        super().__init__()
+        self.fc1 = nn.Linear(inputs, hidden)
+        self.fc2 = nn.Linear(hidden, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (n, classes) of images (n, ...)."""
+        return self.fc2(F.relu(self.fc1(x.flatten(1))))
+
+
+class Cnn(nn.Module):
+    """The published CIFAR-10 network: two 3x3 convolutions without bias, global average pooling, Linear."""
+
+    def __init__(self) -> None:
+        """Initialise as torch's Conv2d and Linear do."""
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1, bias=False)
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (n, 10) of images (n, 3, h, w)."""
+        return self.fc(F.relu(self.conv2(F.relu(self.conv1(x)))).mean((2, 3)))
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """How the runs of a supervised task are trained: SGD with Nesterov momentum and a cosine schedule."""
+
+    batch: int
+    lr: float
+    steps: int | None = None
+    """Optimizer steps in all; None where ``epochs`` says it."""
+    epochs: int | None = None
+    """Passes over the training images (incomplete last batches are dropped)."""
+    anneal: Literal["step", "epoch"] = "step"
+    """Whether the cosine is lowered at every step or once per epoch, as published."""
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    augmentation: Literal["none", "flip_crop"] = "none"
+    save_points: Literal["geometric", "even", "random"] = "geometric"
+    save_count: int = 200
+
+    def total_steps(self, n_train: int) -> int:
+        """Optimizer steps of one run on ``n_train`` images."""
+        if self.steps is not None:
+            return self.steps
+        return (self.epochs or 0) * (n_train // self.batch)
+
+    def learning_rates(self, n_train: int, steps: int) -> list[float]:
+        """Learning rate of each of ``steps`` steps: lr * (1 + cos(pi * progress)) / 2."""
+        stride = 1 if self.anneal == "step" else max(1, n_train // self.batch)
+        last = max(1, math.ceil(steps / stride))
+        return [self.lr * 0.5 * (1 + math.cos(math.pi * (step // stride) / last)) for step in range(steps)]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of the registry.
+
+    ``data_fn`` returns a tuple with everything expensive; ``test_fn(*data, net)`` returns the metric, or a tuple whose
+    first entry it is.
+    """
+
+    name: str
+    constructor: Callable[[], nn.Module]
+    data_fn: Callable[[], tuple[Any, ...]]
+    test_fn: Callable[..., Any]
+    minimize: bool
+    best_prompt: float
+    """Prompt for one-step evaluation, in the units of the metric."""
+    recursive_prompt: float
+    metric_name: str
+    """Metric of the zoo that the prompt means, for example ``val_loss``."""
+    aug_fn: Callable[..., None] | None = None
+    """Hand-written function-preserving augmentation; None: derived from the network's symmetry."""
+    recipe: TrainingRecipe | None = None
+    """How runs are generated; None for tasks with a trainer of their own."""
+    splits: Callable[[], Splits] | None = None
+    """Training, validation and test images of a supervised task."""
+
+
+@torch.no_grad()
+def classification_loss(images: Tensor, labels: Tensor, net: nn.Module) -> float:
+    """Mean cross entropy (nats) of a network on images (n, ...) with labels (n,)."""
+    return F.cross_entropy(net(images), labels).item()
+
+
+@torch.no_grad()
+def classification_error(images: Tensor, labels: Tensor, net: nn.Module) -> float:
+    """Top-1 error in percent."""
+    return 100 * (net(images).argmax(1) != labels).double().mean().item()
+
+
+_DIGITS = TrainingRecipe(batch=64, lr=0.05, steps=1000, save_points="geometric", save_count=42)
+_MNIST = TrainingRecipe(batch=128, lr=0.1, epochs=25, anneal="epoch", save_points="random")
+_CIFAR = TrainingRecipe(batch=128, lr=0.1, epochs=50, anneal="epoch", augmentation="flip_crop", save_points="random")
+_DIGITS_MLP = partial(Mlp, inputs=64)
+
+# data set: network, recipe, part of the published metric, (best, recursive) prompt for loss and for error in percent
+_BUILT_IN: dict[str, tuple[Callable[[], nn.Module], TrainingRecipe, str, tuple[float, float], tuple[float, float]]] = {
+    "digits": (_DIGITS_MLP, _DIGITS, "val", (0.1, 0.1), (3.0, 3.0)),
+    "mnist": (Mlp, _MNIST, "test", (0.0, 0.0), (5.0, 5.0)),
+    "fashion_mnist": (Mlp, _MNIST, "test", (0.4, 0.4), (15.0, 15.0)),
+    "cifar10": (Cnn, _CIFAR, "test", (1.2, 1.4), (35.0, 45.0)),
+}
+
+
+def _built_in(name: str, data_dir: Path | None, download: bool) -> Task:
+    data, kind = name.rsplit("_", 1)
+    network, recipe, part, loss_prompts, error_prompts = _BUILT_IN[data]
+    best, recursive = loss_prompts if kind == "loss" else error_prompts
+
+    def splits() -> Splits:
+        return load_dataset(data, data_dir, download=download)
+
+    return Task(
+        name=name,
+        constructor=network,
+        data_fn=lambda: tuple(splits().validation),
+        test_fn=classification_loss if kind == "loss" else classification_error,
+        minimize=True,
+        best_prompt=best,
+        recursive_prompt=recursive,
+        metric_name=f"{part}_{kind}",
+        recipe=recipe,
+        splits=splits,
+    )
+
+
+def task_names() -> list[str]:
+    """All tasks: the built-in ones and those of installed packages."""
+    own = [f"{data}_{kind}" for data in _BUILT_IN for kind in ("loss", "error")]
+    return own + sorted(entry.name for entry in entry_points(group="zoo_common.tasks"))
+
+
+def get_task(name: str, data_dir: Path | str | None = None, *, download: bool = False) -> Task:
+    """Look a task up.
+
+    Args:
+        name: For example ``mnist_error``; ``-`` counts as ``_``, and a bare ``mnist`` means ``mnist_loss``.
+        data_dir: Folder with the data files; read only when the data are asked for.
+        download: Allow torchvision to fetch missing files into ``data_dir``.
+
+    Raises:
+        ValueError: Unknown name; the message has the nearest one.
+    """
+    folder = None if data_dir is None else Path(data_dir)
+    wanted = name.lower().replace("-", "_")
+    wanted = f"{wanted}_loss" if wanted in _BUILT_IN else wanted
+    if wanted.rsplit("_", 1)[0] in _BUILT_IN and wanted.endswith(("_loss", "_error")):
+        return _built_in(wanted, folder, download)
+    for entry in entry_points(group="zoo_common.tasks", name=wanted):
+        task: Task = entry.load()(folder)
+        return task
+    near = difflib.get_close_matches(wanted, [*task_names(), *_BUILT_IN], n=1, cutoff=0)
+    raise ValueError(f"unknown task {name!r}; did you mean {near[0]!r}? Tasks: {', '.join(task_names())}")

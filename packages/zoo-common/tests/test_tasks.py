@@ -1,0 +1,92 @@
+import pytest
+import torch
+from torch import nn
+from zoo_common import tasks
+from zoo_common.symmetry import Symmetry
+from zoo_common.tasks import Task, TrainingRecipe, classification_error, classification_loss, get_task, task_names
+
+
+def test_every_built_in_task_is_complete():
+    for name in task_names():
+        task = get_task(name)
+        assert task.name == name
+        assert task.minimize
+        assert task.recipe is not None
+        assert task.metric_name.endswith(name.rsplit("_", 1)[1])
+        assert Symmetry.from_module(
+            task.constructor(),
+            torch.randn(2, 3, 32, 32) if "cifar" in name else torch.randn(2, 1, *SIZE[name.split("_")[0]]),
+        ).groups
+
+
+SIZE = {"digits": (8, 8), "mnist": (28, 28), "fashion": (28, 28)}
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("digits", "digits_loss"),
+        ("fashion-mnist", "fashion_mnist_loss"),
+        ("MNIST-error", "mnist_error"),
+        ("cifar10", "cifar10_loss"),
+    ],
+)
+def test_aliases(alias, name):
+    assert get_task(alias).name == name
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("mnist_lose", "mnist_loss"), ("digit", "digits"), ("cifar", "cifar10"), ("", "")]
+)
+def test_an_unknown_task_is_answered_with_the_nearest_name(wrong, near):
+    with pytest.raises(ValueError, match=f"unknown task {wrong!r}; did you mean '{near}"):
+        get_task(wrong)
+
+
+def test_digits_metric_is_that_of_the_validation_images():
+    task = get_task("digits_error")
+    net = task.constructor()
+    images, labels = task.splits().validation
+    with torch.no_grad():
+        expected = 100 * (net(images).argmax(1) != labels).double().mean().item()
+    assert task.test_fn(*task.data_fn(), net) == pytest.approx(expected)
+
+
+def test_metrics_of_known_logits():
+    logits = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0], [9.0, 0.0]])
+    labels = torch.tensor([0, 0, 1, 1])
+    assert classification_error(logits, labels, nn.Identity()) == 25
+    expected = (torch.tensor(2.0).log() + 2 * torch.tensor(-9.0).exp().log1p() + torch.tensor(9.0).exp().log1p()) / 4
+    assert classification_loss(logits, labels, nn.Identity()) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_published_step_counts_and_rates():
+    mnist, cifar = get_task("mnist").recipe, get_task("cifar10").recipe
+    assert (mnist.total_steps(60_000), cifar.total_steps(50_000)) == (11_700, 19_500)
+    rates = mnist.learning_rates(60_000, 11_700)
+    assert rates[:468] == [0.1] * 468
+    assert rates[468] == pytest.approx(0.1 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi / 25)).item()))
+    assert rates[-1] == pytest.approx(0.1 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * 24 / 25)).item()), rel=1e-4)
+    digits = get_task("digits").recipe.learning_rates(1000, 1000)
+    assert digits[0] == 0.05
+    assert digits[500] == pytest.approx(0.025)
+    assert len(digits) == 1000
+
+
+def test_a_package_adds_a_task_through_its_entry_point(monkeypatch, tmp_path):
+    class Entry:
+        name = "my_task"
+
+        def load(self):
+            return lambda folder: Task(
+                "my_task", nn.Identity, lambda: (folder,), lambda f, net: 1.0, False, 1.0, 1.0, "return"
+            )
+
+    monkeypatch.setattr(tasks, "entry_points", lambda group, name=None: [Entry()] if name in (None, "my_task") else [])
+    assert get_task("my-task", tmp_path).data_fn() == (tmp_path,)
+    assert "my_task" in task_names()
+
+
+def test_recipe_counts_epochs_or_steps():
+    assert TrainingRecipe(batch=10, lr=1.0, epochs=3).total_steps(25) == 6
+    assert TrainingRecipe(batch=10, lr=1.0, steps=7).total_steps(25) == 7
