@@ -48,7 +48,7 @@ def model_of(symmetry, **options):
     torch.manual_seed(0)
     model = UnitModel(UnitTokens.from_symmetry(symmetry), n_embd=16, n_layer=2, n_head=2, **options).double()
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
+        parameter.data = torch.randn_like(parameter) * 0.3
     return model
 
 
@@ -133,6 +133,6 @@ def test_heads_must_divide_the_width():
 
 
 def test_a_network_without_hidden_units_is_refused():
-    symmetry = Symmetry.from_module(nn.Linear(3, 2), torch.zeros(2, 3))
+    symmetry = Symmetry.from_module(nn.Sequential(nn.Linear(3, 2)), torch.zeros(2, 3))
     with pytest.raises(ValueError, match="hidden units"):
         UnitTokens.from_symmetry(symmetry)

@@ -79,7 +79,7 @@ def test_a_package_adds_a_task_through_its_entry_point(monkeypatch, tmp_path):
 
         def load(self):
             return lambda folder: Task(
-                "my_task", nn.Identity, lambda: (folder,), lambda f, net: 1.0, False, 1.0, 1.0, "return"
+                "my_task", nn.Identity, lambda: (folder,), lambda f, net: 1.0, False, 1.0, 1.0, "return", (4,)
             )
 
     monkeypatch.setattr(tasks, "entry_points", lambda group, name=None: [Entry()] if name in (None, "my_task") else [])

@@ -118,6 +118,18 @@ class _Waves(nn.Module):
         return torch.cat([angle.sin(), angle.cos(), value[:, None]], 1)
 
 
+class _Token(nn.Module):
+    """Encoder of units without weights of their own (all theirs are pairs): one learned token for the group."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.randn(n))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Rows (b, u, 0) -> (b, u, n)."""
+        return self.value.expand(*rows.shape[:-1], -1)
+
+
 class _Block(nn.Module):
     """Pre-norm attention block whose norms are scaled, shifted and gated by the condition (adaLN, Peebles & Xie 2023)."""
 
@@ -211,10 +223,10 @@ class UnitModel(nn.Module):
             nn.Linear(3 * _Waves.width, n_embd), nn.SiLU(), nn.Linear(n_embd, n_embd), nn.SiLU()
         )
         widths = [index.shape[1] for index in units.own]
-        self.encoders = nn.ModuleList(nn.Linear(2 * k, n_embd) for k in widths)
+        self.encoders = nn.ModuleList(nn.Linear(2 * k, n_embd) if k else _Token(n_embd) for k in widths)
         self.pairs = nn.ModuleList(_PairMessages(n_embd, pair.index.shape[2]) for pair in units.pairs)
         self.blocks = nn.ModuleList(_Block(n_embd, n_head) for _ in range(n_layer))
-        self.heads = nn.ModuleList(nn.Linear(n_embd, k) for k in widths)
+        self.heads = nn.ModuleList(nn.Linear(n_embd, k) for k in widths if k)
         if len(units.rest):
             self.encoders.append(nn.Linear(2 * len(units.rest), n_embd))
             self.heads.append(nn.Linear(n_embd, len(units.rest)))
@@ -262,12 +274,14 @@ class UnitModel(nn.Module):
         for block in self.blocks:
             h = block(h, c)
         tokens = list(F.layer_norm(h, h.shape[-1:]).split([t.shape[1] for t in tokens], 1))
-        own = [head(t).flatten(1) for head, t in zip(self.heads, tokens, strict=True)]
+        written = [t for t, row in zip(tokens, rows, strict=True) if row.shape[-1]]
+        own = [head(t).flatten(1) for head, t in zip(self.heads, written, strict=True)]
         between = [
             module.write(w, tokens[pair.a], tokens[pair.b], c).flatten(1)
             for module, pair, w in zip(self.pairs, self.units.pairs, weights, strict=True)
         ]
-        return torch.cat([*own[:groups], *between, *own[groups:]], 1)
+        rest = [own.pop()] if len(self.units.rest) else []
+        return torch.cat([*own, *between, *rest], 1)
 
     def _exchange(self, tokens: list[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """Send every pair's weights forward, then backward, so that each unit of a deep network is told apart."""

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo_common.datasets import Splits, load_dataset
+from zoo_common.symmetry import Symmetry
 
 
 class Mlp(nn.Module):
@@ -100,12 +101,18 @@ class Task:
     recursive_prompt: float
     metric_name: str
     """Metric of the zoo that the prompt means, for example ``val_loss``."""
+    input_shape: tuple[int, ...]
+    """Shape of one input of the network, without the batch axis."""
     aug_fn: Callable[..., None] | None = None
     """Hand-written function-preserving augmentation; None: derived from the network's symmetry."""
     recipe: TrainingRecipe | None = None
     """How runs are generated; None for tasks with a trainer of their own."""
     splits: Callable[[], Splits] | None = None
     """Training, validation and test images of a supervised task."""
+
+    def symmetry(self) -> Symmetry:
+        """Permutations of hidden units that leave the network's function unchanged."""
+        return Symmetry.from_module(self.constructor(), torch.zeros(2, *self.input_shape))
 
 
 @torch.no_grad()
@@ -125,33 +132,45 @@ _MNIST = TrainingRecipe(batch=128, lr=0.1, epochs=25, anneal="epoch", save_point
 _CIFAR = TrainingRecipe(batch=128, lr=0.1, epochs=50, anneal="epoch", augmentation="flip_crop", save_points="random")
 _DIGITS_MLP = partial(Mlp, inputs=64)
 
-# data set: network, recipe, part of the published metric, (best, recursive) prompt for loss and for error in percent
-_BUILT_IN: dict[str, tuple[Callable[[], nn.Module], TrainingRecipe, str, tuple[float, float], tuple[float, float]]] = {
-    "digits": (_DIGITS_MLP, _DIGITS, "val", (0.1, 0.1), (3.0, 3.0)),
-    "mnist": (Mlp, _MNIST, "test", (0.0, 0.0), (5.0, 5.0)),
-    "fashion_mnist": (Mlp, _MNIST, "test", (0.4, 0.4), (15.0, 15.0)),
-    "cifar10": (Cnn, _CIFAR, "test", (1.2, 1.4), (35.0, 45.0)),
+
+class _BuiltIn(NamedTuple):
+    """What the two tasks of one data set share."""
+
+    network: Callable[[], nn.Module]
+    input_shape: tuple[int, ...]
+    recipe: TrainingRecipe
+    part: str  # whose metric the prompts mean
+    loss_prompts: tuple[float, float]  # best, recursive
+    error_prompts: tuple[float, float]  # in percent
+
+
+_BUILT_IN = {
+    "digits": _BuiltIn(_DIGITS_MLP, (1, 8, 8), _DIGITS, "val", (0.1, 0.1), (3.0, 3.0)),
+    "mnist": _BuiltIn(Mlp, (1, 28, 28), _MNIST, "test", (0.0, 0.0), (5.0, 5.0)),
+    "fashion_mnist": _BuiltIn(Mlp, (1, 28, 28), _MNIST, "test", (0.4, 0.4), (15.0, 15.0)),
+    "cifar10": _BuiltIn(Cnn, (3, 32, 32), _CIFAR, "test", (1.2, 1.4), (35.0, 45.0)),
 }
 
 
 def _built_in(name: str, data_dir: Path | None, download: bool) -> Task:
     data, kind = name.rsplit("_", 1)
-    network, recipe, part, loss_prompts, error_prompts = _BUILT_IN[data]
-    best, recursive = loss_prompts if kind == "loss" else error_prompts
+    shared = _BUILT_IN[data]
+    best, recursive = shared.loss_prompts if kind == "loss" else shared.error_prompts
 
     def splits() -> Splits:
         return load_dataset(data, data_dir, download=download)
 
     return Task(
         name=name,
-        constructor=network,
+        constructor=shared.network,
         data_fn=lambda: tuple(splits().validation),
         test_fn=classification_loss if kind == "loss" else classification_error,
         minimize=True,
         best_prompt=best,
         recursive_prompt=recursive,
-        metric_name=f"{part}_{kind}",
-        recipe=recipe,
+        metric_name=f"{shared.part}_{kind}",
+        input_shape=shared.input_shape,
+        recipe=shared.recipe,
         splits=splits,
     )
 
