@@ -221,7 +221,7 @@ def prompt(title: str, model: Pretrained, unseen: Unseen, seed: int) -> Prompted
         reached.append(weights.view(NOISE_SEEDS, n, -1))
     one_step, recursive = (unseen.accuracy(w.flatten(0, 1)).view(NOISE_SEEDS, n) for w in (reached[0], reached[-1]))
     judged = evaluate(model, unseen.task, unseen.starts, seed=seed)
-    random_prompts = judged.one_step.desired.flatten()[torch.randperm(n * judged.one_step.desired.shape[1])[:n]]
+    random_prompts = judged.one_step.desired.flatten()[torch.randperm(judged.one_step.desired.numel(), generator=torch.Generator().manual_seed(seed))[:n]]
     confused = model.sample(unseen.starts, prompt=random_prompts, start_metric=unseen.losses, seed=seed)
     alignment = (judged.alignment, judged.shuffled_alignment)
     rows = [
