@@ -11,7 +11,7 @@ from support.golden import assert_close
 def test_uniform_steps_are_the_published_ones(golden):
     expected = golden.case["uniform"]
     count = len(expected["indices"])
-    uniforms = torch.from_numpy(np.random.RandomState(3).random_sample(count))  # noqa: NPY002 (recipe of the golden)
+    uniforms = torch.from_numpy(np.random.RandomState(3).random_sample(count))
     t, weights = UniformSampler(8).sample(count, uniforms=uniforms)
     assert t.tolist() == expected["indices"]
     assert_close(weights, expected["weights"], "float32", "weights")
@@ -22,7 +22,7 @@ def test_second_moment_weights_are_the_published_ones(golden):
     expected = golden.case["second_moment"]
     sampler = LossSecondMomentSampler(len(expected["before"]), history_per_term=3, uniform_prob=0.01)
     assert_close(sampler.weights(), expected["before"], "float64", "before")
-    random = np.random.RandomState(zlib.crc32(b"resampler"))  # noqa: NPY002 (recipe of the golden)
+    random = np.random.RandomState(zlib.crc32(b"resampler"))
     t, losses = random.randint(0, 8, size=120), abs(random.standard_normal(120))
     sampler.update(torch.from_numpy(t), torch.from_numpy(losses))
     assert_close(sampler.weights(), expected["after"], "float32", "after")

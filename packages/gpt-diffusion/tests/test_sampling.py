@@ -10,8 +10,9 @@ def recorded(diffusion):
     """The process, keeping the result of every sampling step."""
     steps = []
     for name in ("p_sample", "ddim_sample"):
+        original = getattr(diffusion, name)
 
-        def call(*args, original=getattr(diffusion, name), **kwargs):
+        def call(*args, original=original, **kwargs):
             steps.append(original(*args, **kwargs))
             return steps[-1]
 
@@ -63,7 +64,7 @@ def model():
 def conditions(n=5):
     g = torch.Generator().manual_seed(1)
     start = torch.randn(n, 26, generator=g, dtype=torch.float64)
-    return dict(start=start, prompt=torch.linspace(0.1, 1, n), start_metric=torch.linspace(2, 3, n))
+    return {"start": start, "prompt": torch.linspace(0.1, 1, n), "start_metric": torch.linspace(2, 3, n)}
 
 
 def test_ddim_with_all_steps_and_eta_0_does_not_depend_on_any_generator_after_the_first_draw(model):
@@ -120,7 +121,14 @@ def test_ancestral_sampling_of_a_perfect_denoiser_of_a_gaussian_gives_its_moment
     for sampler, eta in (("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0)):
         generator = torch.Generator().manual_seed(0)
         out = sample(
-            Gaussian(), process, start=start, prompt=zeros, start_metric=zeros, sampler=sampler, eta=eta, generator=generator
+            Gaussian(),
+            process,
+            start=start,
+            prompt=zeros,
+            start_metric=zeros,
+            sampler=sampler,
+            eta=eta,
+            generator=generator,
         )
         assert abs(out.mean().item() - mean) < 4 * std / 8000**0.5  # four standard errors
         assert abs(out.std().item() - std) < 4 * std / 16000**0.5
@@ -143,11 +151,11 @@ def test_clip_bounds_the_result_and_progress_counts_the_steps(model):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (dict(sampler="euler"), "sampler 'euler' is unknown; use ddpm or ddim"),
-        (dict(prompt=torch.ones(3)), r"prompt: expected \(5,\), one per start, got \(3,\)"),
-        (dict(start_metric=torch.ones(5, 1)), r"start_metric: expected \(5,\), one per start, got \(5, 1\)"),
-        (dict(batch_size=0), "batch_size must be at least 1, got 0"),
-        (dict(noise=[torch.zeros(5, 26)] * 4), "noise: 11 draws needed"),
+        ({"sampler": "euler"}, "sampler 'euler' is unknown; use ddpm or ddim"),
+        ({"prompt": torch.ones(3)}, r"prompt: expected \(5,\), one per start, got \(3,\)"),
+        ({"start_metric": torch.ones(5, 1)}, r"start_metric: expected \(5,\), one per start, got \(5, 1\)"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"noise": [torch.zeros(5, 26)] * 4}, "noise: 11 draws needed"),
     ],
 )
 def test_bad_input_is_named(model, change, match):

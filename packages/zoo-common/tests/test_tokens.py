@@ -24,7 +24,9 @@ def test_tokens_cover_the_vector_once_and_cross_no_border(groups, policy, chunk)
         assert tokenizer.lengths == tuple(layers)
     else:
         # a token is shorter than the chunk only where a piece ends
-        assert all(n == chunk or (n < chunk and stop in borders) for n, stop in zip(tokenizer.lengths, stops, strict=True))
+        assert all(
+            n == chunk or (n < chunk and stop in borders) for n, stop in zip(tokenizer.lengths, stops, strict=True)
+        )
 
 
 @pytest.mark.parametrize(

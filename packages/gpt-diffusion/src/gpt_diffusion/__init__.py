@@ -12,7 +12,7 @@ _MODULE_OF = {
     "space_timesteps": "diffusion",
 }
 
-__all__ = sorted(_MODULE_OF)
+__all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str) -> object:

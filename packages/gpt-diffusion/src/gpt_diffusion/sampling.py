@@ -73,9 +73,7 @@ def sample(
             x = diffusion.p_sample(denoise, x, t, next(draws), clip_denoised=False, denoised_fn=denoised_fn).sample
         else:
             eps = None if eta == 0 and noise is None else next(draws)
-            x = diffusion.ddim_sample(
-                denoise, x, t, eps, eta=eta, clip_denoised=False, denoised_fn=denoised_fn
-            ).sample
+            x = diffusion.ddim_sample(denoise, x, t, eps, eta=eta, clip_denoised=False, denoised_fn=denoised_fn).sample
         if progress is not None:
             progress(done, diffusion.num_timesteps)
     return x

@@ -119,6 +119,7 @@ class Diffusion:
         var_type: ModelVarType = ModelVarType.FIXED_LARGE,
         loss_type: LossType = LossType.MSE,
     ) -> None:
+        """Compute the constants of the steps that are kept."""
         original = Schedule(named_betas(noise_schedule, steps))
         self.timestep_map = sorted(space_timesteps(steps, respacing or [steps]))
         self.schedule = Schedule(respaced_betas(original.alphas_cumprod, self.timestep_map))
