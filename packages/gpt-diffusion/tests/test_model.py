@@ -84,6 +84,17 @@ def test_tokens_of_the_model_are_the_published_ones(golden):
     assert outputs == case["output_splits"]
 
 
+def settings_behind(inputs, outputs, embedding):
+    """Layer sizes, split policy, chunk size and number of scalars that give these tokens (one of possibly several)."""
+    scalars = (sum(inputs) - 2 * sum(outputs)) // embedding
+    for policy in ("layer_by_layer", "chunk_within_layer", "chunk_within_input", "chunk"):
+        sizes = outputs if "layer" in policy else [sum(outputs)]
+        tokenizer = LayerTokenizer([sizes, sizes, *[[embedding]] * scalars], policy, max(inputs))
+        if list(tokenizer.lengths) == inputs:
+            return sizes, policy, max(inputs), scalars
+    raise AssertionError(f"no split policy gives the tokens {inputs}")
+
+
 @pytest.mark.golden("state_dict_layouts.json", cases="models")
 def test_state_dict_is_the_published_one(golden, build_model):
     from gpt_diffusion.optim import param_groups
@@ -96,17 +107,18 @@ def test_state_dict_is_the_published_one(golden, build_model):
         side: [s[axis] for k, s in shapes.items() if f".{side}_parameter_projections." in k]
         for side, axis in (("input", 1), ("output", 0))
     }
-    n_embd = shapes["decoder.ln_f.weight"][0]
-    model_shape = {"n_embd": n_embd, "n_head": 1, "n_layer": sum(k.endswith("ln1.weight") for k in shapes)}
-    frequencies = shapes["scalar_embedder.frequencies"][0]
-    # any task layout with these tokens will do: one layer per decoded token
+    frequencies, n_embd = shapes["scalar_embedder.frequencies"][0], shapes["decoder.ln_f.weight"][0]
+    sizes, policy, chunk, scalars = settings_behind(lengths["input"], lengths["output"], 2 * frequencies + 1)
     with torch.device("meta"):
         model = GptModel(
-            lengths["output"],
-            split_policy="layer_by_layer",
+            sizes,
+            split_policy=policy,
+            chunk_size=chunk,
             num_frequencies=frequencies,
-            absolute_loss_conditioning=len(lengths["input"]) - 2 * len(lengths["output"]) == 4,
-            **model_shape,
+            absolute_loss_conditioning=scalars == 4,
+            n_layer=sum(key.endswith("ln1.weight") for key in shapes),
+            n_head=1,
+            n_embd=n_embd,
         )
     assert [f"{k} {list(v.shape)}" for k, v in model.state_dict().items()] == case["state_dict"]
     assert len(model.state_dict()) == case["n_tensors"]
@@ -302,6 +314,14 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(call(), call())
     model.eval()
     assert torch.equal(call(), call())
+
+
+def test_the_whole_model_compiles_into_one_graph_with_equal_results():
+    model = randomized(GptModel(**SMALL)).eval()
+    x, t, target, prev, x_prev = (v.float() if v.is_floating_point() else v for v in random_inputs(26))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    expected = model(x, t, target, loss_prev=prev, x_prev=x_prev)
+    assert torch.equal(compiled(x, t, target, loss_prev=prev, x_prev=x_prev), expected)
 
 
 def test_bfloat16_weights_work_on_a_float32_state():

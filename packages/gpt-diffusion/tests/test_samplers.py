@@ -1,3 +1,4 @@
+import re
 import zlib
 
 import numpy as np
@@ -7,23 +8,34 @@ from gpt_diffusion.diffusion import LossSecondMomentSampler, UniformSampler, cre
 from support.golden import assert_close
 
 
+def number(pattern, recipe):
+    """A number that this file states only in the words of its recipe."""
+    return int(re.search(pattern, recipe)[1])
+
+
 @pytest.mark.golden("timestep_samplers.json")
 def test_uniform_steps_are_the_published_ones(golden):
-    expected = golden.case["uniform"]
-    count = len(expected["indices"])
-    uniforms = torch.from_numpy(np.random.RandomState(3).random_sample(count))
-    t, weights = UniformSampler(8).sample(count, uniforms=uniforms)
+    expected, recipe = golden.case["uniform"], golden.case["recipe"]
+    seed, count = number(r"seed\((\d+)\)", recipe), len(expected["indices"])
+    uniforms = torch.from_numpy(np.random.RandomState(seed).random_sample(count))
+    t, weights = UniformSampler(number(r"(\d+)-step", recipe)).sample(count, uniforms=uniforms)
     assert t.tolist() == expected["indices"]
     assert_close(weights, expected["weights"], "float32", "weights")
 
 
 @pytest.mark.golden("timestep_samplers.json")
 def test_second_moment_weights_are_the_published_ones(golden):
-    expected = golden.case["second_moment"]
-    sampler = LossSecondMomentSampler(len(expected["before"]), history_per_term=3, uniform_prob=0.01)
+    expected, recipe = golden.case["second_moment"], golden.case["recipe"]
+    steps, history, count = (
+        len(expected["before"]),
+        number(r"history_per_term=(\d+)", recipe),
+        number(r"size=(\d+)", recipe),
+    )
+    mixed = float(re.search(r"uniform_prob=([\d.]+\d)", recipe)[1])
+    sampler = LossSecondMomentSampler(steps, history_per_term=history, uniform_prob=mixed)
     assert_close(sampler.weights(), expected["before"], "float64", "before")
-    random = np.random.RandomState(zlib.crc32(b"resampler"))
-    t, losses = random.randint(0, 8, size=120), abs(random.standard_normal(120))
+    random = np.random.RandomState(zlib.crc32(re.search(r"crc32\('(\w+)'\)", recipe)[1].encode()))
+    t, losses = random.randint(0, steps, size=count), abs(random.standard_normal(count))
     sampler.update(torch.from_numpy(t), torch.from_numpy(losses))
     assert_close(sampler.weights(), expected["after"], "float32", "after")
 
