@@ -209,7 +209,7 @@ def test_learned_variance_is_taught_without_moving_the_mean():
     diffusion = process(var_type=ModelVarType.LEARNED_RANGE)
     x0, noise = pair()
     t = torch.arange(1, 50)
-    mean, v = x0.clone().requires_grad_(), torch.zeros_like(x0, requires_grad=True)
+    mean, v = (x0 + 1).requires_grad_(), torch.zeros_like(x0, requires_grad=True)
     losses = diffusion.training_losses(
         lambda *a, **k: torch.cat([mean, v], 1), x0, t, loss_target=t, loss_prev=t, x_prev=x0, noise=noise
     )

@@ -71,6 +71,12 @@ def test_a_process_group_shares_the_losses(tmp_path):
     assert sampler.history.flatten().tolist() == [3.0, 5.0]
 
 
+def test_a_uniform_number_on_the_border_belongs_to_the_next_step():
+    """As in numpy.random.choice: step t has the half-open interval from sum_{s<t} p_s to sum_{s<=t} p_s."""
+    uniforms = torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=torch.float64)
+    assert UniformSampler(4).sample(4, uniforms=uniforms)[0].tolist() == [0, 1, 2, 3]
+
+
 def test_same_generator_same_steps_and_names_are_checked():
     draws = [create_sampler("uniform", 50).sample(9, generator=torch.Generator().manual_seed(1))[0] for _ in range(2)]
     assert torch.equal(*draws) and draws[0].dtype == torch.int64

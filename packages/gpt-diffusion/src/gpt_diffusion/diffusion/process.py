@@ -306,7 +306,7 @@ class Diffusion:
         if eta != 0:
             if noise is None:
                 raise ValueError(f"DDIM with eta {eta} needs noise")
-            sample = sample + (t > 0)[:, None] * sigma * noise
+            sample = sample + sigma * noise  # sigma is 0 at t = 0, where abar_{t-1} = 1
         return Step(sample, p.pred_xstart)
 
     def ddim_reverse_sample(
