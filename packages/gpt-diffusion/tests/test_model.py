@@ -8,18 +8,24 @@ from gpt_diffusion.model import GptModel
 from support.golden import assert_close, assert_stats, fill
 from zoo_common.tokens import LayerTokenizer
 
-SMALL = dict(
-    parameter_sizes=[12, 4, 8, 2],
-    split_policy="chunk_within_layer",
-    chunk_size=5,
-    n_layer=2,
-    n_head=2,
-    n_embd=16,
-    num_frequencies=8,
-    max_freq_log2=6,
-    absolute_loss_conditioning=True,
-)
-POLICIES = [("chunk", 7), ("chunk", 1000), ("layer_by_layer", None), ("chunk_within_layer", 5), ("chunk_within_input", 7)]
+SMALL = {
+    "parameter_sizes": [12, 4, 8, 2],
+    "split_policy": "chunk_within_layer",
+    "chunk_size": 5,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 16,
+    "num_frequencies": 8,
+    "max_freq_log2": 6,
+    "absolute_loss_conditioning": True,
+}
+POLICIES = [
+    ("chunk", 7),
+    ("chunk", 1000),
+    ("layer_by_layer", None),
+    ("chunk_within_layer", 5),
+    ("chunk_within_input", 7),
+]
 
 
 def golden_inputs(config):
@@ -49,7 +55,7 @@ def activations(model, x, t, target, prev, x_prev):
     last = model.decoder.blocks[-1]
     hooks = [model.decoder.drop.register_forward_hook(lambda m, args, out: seen.update(positioned=out))]
     for i, block in enumerate(model.decoder.blocks):
-        keep = lambda m, args, out, i=i: seen.update({f"block{i}": out, "last_input": args[0]})  # noqa: E731
+        keep = lambda m, args, out, i=i: seen.update({f"block{i}": out, "last_input": args[0]})
         hooks.append(block.register_forward_hook(keep))
     with torch.no_grad():
         output = model(x, t, target, loss_prev=prev, x_prev=x_prev)
@@ -78,27 +84,41 @@ def test_tokens_of_the_model_are_the_published_ones(golden):
     assert outputs == case["output_splits"]
 
 
+def settings_behind(inputs, outputs, embedding):
+    """Layer sizes, split policy, chunk size and number of scalars that give these tokens (one of possibly several)."""
+    scalars = (sum(inputs) - 2 * sum(outputs)) // embedding
+    for policy in ("layer_by_layer", "chunk_within_layer", "chunk_within_input", "chunk"):
+        sizes = outputs if "layer" in policy else [sum(outputs)]
+        tokenizer = LayerTokenizer([sizes, sizes, *[[embedding]] * scalars], policy, max(inputs))
+        if list(tokenizer.lengths) == inputs:
+            return sizes, policy, max(inputs), scalars
+    raise AssertionError(f"no split policy gives the tokens {inputs}")
+
+
 @pytest.mark.golden("state_dict_layouts.json", cases="models")
 def test_state_dict_is_the_published_one(golden, build_model):
     from gpt_diffusion.optim import param_groups
 
     case = golden.case
-    shapes = {key: [int(n) for n in shape[:-1].split(",")] for key, shape in (s.split(" [") for s in case["state_dict"])}
+    shapes = {
+        key: [int(n) for n in shape[:-1].split(",")] for key, shape in (s.split(" [") for s in case["state_dict"])
+    }
     lengths = {
         side: [s[axis] for k, s in shapes.items() if f".{side}_parameter_projections." in k]
         for side, axis in (("input", 1), ("output", 0))
     }
-    n_embd = shapes["decoder.ln_f.weight"][0]
-    model_shape = dict(n_embd=n_embd, n_head=1, n_layer=sum(k.endswith("ln1.weight") for k in shapes))
-    frequencies = shapes["scalar_embedder.frequencies"][0]
-    # any task layout with these tokens will do: one layer per decoded token
+    frequencies, n_embd = shapes["scalar_embedder.frequencies"][0], shapes["decoder.ln_f.weight"][0]
+    sizes, policy, chunk, scalars = settings_behind(lengths["input"], lengths["output"], 2 * frequencies + 1)
     with torch.device("meta"):
         model = GptModel(
-            lengths["output"],
-            split_policy="layer_by_layer",
+            sizes,
+            split_policy=policy,
+            chunk_size=chunk,
             num_frequencies=frequencies,
-            absolute_loss_conditioning=len(lengths["input"]) - 2 * len(lengths["output"]) == 4,
-            **model_shape,
+            absolute_loss_conditioning=scalars == 4,
+            n_layer=sum(key.endswith("ln1.weight") for key in shapes),
+            n_head=1,
+            n_embd=n_embd,
         )
     assert [f"{k} {list(v.shape)}" for k, v in model.state_dict().items()] == case["state_dict"]
     assert len(model.state_dict()) == case["n_tensors"]
@@ -193,7 +213,9 @@ def plain_forward(state, sizes, policy, chunk, heads, absolute, x, t, target, pr
         if b + "ln1.weight" not in state:
             break
         a = norm(h, b + "ln1")
-        q, k, v = (linear(a, f"{b}attn.{n}").unflatten(-1, (heads, -1)).transpose(1, 2) for n in ("query", "key", "value"))
+        q, k, v = (
+            linear(a, f"{b}attn.{n}").unflatten(-1, (heads, -1)).transpose(1, 2) for n in ("query", "key", "value")
+        )
         y = ((q @ k.mT) / math.sqrt(q.shape[-1])).softmax(-1) @ v
         h = h + linear(y.transpose(1, 2).flatten(2), b + "attn.proj")
         h = h + linear(F.gelu(linear(norm(h, b + "ln2"), b + "mlp.0")), b + "mlp.2")
@@ -212,8 +234,8 @@ def plain_forward(state, sizes, policy, chunk, heads, absolute, x, t, target, pr
 @pytest.mark.parametrize("absolute", [True, False])
 @pytest.mark.parametrize("depth", [1, 3])
 def test_grouped_tokens_and_conditioned_path_equal_the_plain_network(policy, chunk, absolute, depth):
-    config = SMALL | dict(split_policy=policy, chunk_size=chunk, absolute_loss_conditioning=absolute)
-    config |= dict(encoder_depth=depth, decoder_depth=depth)
+    config = SMALL | {"split_policy": policy, "chunk_size": chunk, "absolute_loss_conditioning": absolute}
+    config |= {"encoder_depth": depth, "decoder_depth": depth}
     model = randomized(GptModel(**config)).double()
     sizes = config["parameter_sizes"]
     x, t, target, prev, x_prev = random_inputs(sum(sizes))
@@ -247,7 +269,7 @@ def test_gradients_reach_every_parameter_and_equal_those_of_the_plain_network():
 
 @pytest.mark.parametrize(("policy", "chunk"), POLICIES)
 def test_a_new_model_returns_the_start_exactly(policy, chunk):
-    model = GptModel(**SMALL | dict(split_policy=policy, chunk_size=chunk, decoder_depth=2))
+    model = GptModel(**SMALL | {"split_policy": policy, "chunk_size": chunk, "decoder_depth": 2})
     x, t, target, prev, x_prev = random_inputs(26)
     out = model(x.float(), t, target, loss_prev=prev, x_prev=x_prev.float())
     torch.testing.assert_close(out, x_prev.float(), rtol=0, atol=0)
@@ -277,7 +299,7 @@ def test_metrics_and_steps_may_be_columns():
 
 def test_difference_of_metrics_is_taken_before_rounding():
     """In float32 the two metrics are equal; their difference of 1e-9 must still be seen, as in the published training."""
-    model = randomized(GptModel(**SMALL | dict(absolute_loss_conditioning=False, max_freq_log2=40)))
+    model = randomized(GptModel(**SMALL | {"absolute_loss_conditioning": False, "max_freq_log2": 40}))
     x, t, _, _, x_prev = (v.float() if v.is_floating_point() else v for v in random_inputs(26))
     prev = torch.full((3,), 2.3, dtype=torch.float64)
     a = model(x, t, prev + 1e-9, loss_prev=prev, x_prev=x_prev)
@@ -288,10 +310,18 @@ def test_difference_of_metrics_is_taken_before_rounding():
 def test_dropout_acts_in_training_only():
     model = randomized(GptModel(**SMALL, dropout_prob=0.5))
     x, t, target, prev, x_prev = random_inputs(26)
-    call = lambda: model(x.float(), t, target, loss_prev=prev, x_prev=x_prev.float())  # noqa: E731
+    call = lambda: model(x.float(), t, target, loss_prev=prev, x_prev=x_prev.float())
     assert not torch.equal(call(), call())
     model.eval()
     assert torch.equal(call(), call())
+
+
+def test_the_whole_model_compiles_into_one_graph_with_equal_results():
+    model = randomized(GptModel(**SMALL)).eval()
+    x, t, target, prev, x_prev = (v.float() if v.is_floating_point() else v for v in random_inputs(26))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    expected = model(x, t, target, loss_prev=prev, x_prev=x_prev)
+    assert torch.equal(compiled(x, t, target, loss_prev=prev, x_prev=x_prev), expected)
 
 
 def test_bfloat16_weights_work_on_a_float32_state():
@@ -320,13 +350,13 @@ def test_all_faults_of_a_state_dict_are_in_one_error():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (dict(n_head=3), r"n_embd \(16\) must be a multiple of n_head \(3\)"),
-        (dict(n_layer=0), "n_layer=0.*at least 1"),
-        (dict(parameter_names=["a"]), "1 parameter names for 4 parameter sizes"),
-        (dict(split_policy="rows"), "split policy 'rows' is unknown; use one of chunk, layer_by_layer"),
-        (dict(chunk_size=None), "chunk size must be at least 1.*None"),
-        (dict(parameter_sizes=[3, 0]), r"layer sizes must be positive.*\(3, 0\)"),
-        (dict(num_frequencies=1), "num_frequencies must be at least 2, got 1"),
+        ({"n_head": 3}, r"n_embd \(16\) must be a multiple of n_head \(3\)"),
+        ({"n_layer": 0}, "n_layer=0.*at least 1"),
+        ({"parameter_names": ["a"]}, "1 parameter names for 4 parameter sizes"),
+        ({"split_policy": "rows"}, "split policy 'rows' is unknown; use one of chunk, layer_by_layer"),
+        ({"chunk_size": None}, "chunk size must be at least 1.*None"),
+        ({"parameter_sizes": [3, 0]}, r"layer sizes must be positive.*\(3, 0\)"),
+        ({"num_frequencies": 1}, "num_frequencies must be at least 2, got 1"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(change, match):

@@ -5,14 +5,25 @@ import importlib
 _MODULE_OF = {
     "Diffusion": "diffusion",
     "GptModel": "model",
+    "LossType": "diffusion",
+    "ModelMeanType": "diffusion",
+    "ModelVarType": "diffusion",
+    "PromptCurves": "prompting",
     "ScalarEmbedding": "embedding",
     "create_diffusion": "diffusion",
+    "create_sampler": "diffusion",
     "get_normalizer": "normalization",
+    "one_by_one": "prompting",
+    "one_step_prompting": "prompting",
+    "prompt_alignment": "prompting",
+    "random_permute_flat": "augmentation",
+    "recursive_prompting": "prompting",
     "sample": "sampling",
     "space_timesteps": "diffusion",
+    "spread_losses": "prompting",
 }
 
-__all__ = sorted(_MODULE_OF)
+__all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str) -> object:

@@ -41,6 +41,7 @@ class ScalarEmbedding(nn.Module):
     frequencies: Tensor
 
     def __init__(self, num_frequencies: int = 128, max_freq_log2: float = 14) -> None:
+        """Compute the frequencies."""
         super().__init__()
         if num_frequencies < 2:
             raise ValueError(f"num_frequencies must be at least 2, got {num_frequencies}")

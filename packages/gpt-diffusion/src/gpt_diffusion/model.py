@@ -44,10 +44,11 @@ class TokenProjections(nn.ModuleList):
     """
 
     def __init__(self, sizes: Sequence[Sequence[int]]) -> None:
+        """Build the layers."""
         super().__init__()
         for widths in sizes:
             layers: list[nn.Module] = []
-            for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
+            for width_in, width_out in itertools.pairwise(widths):
                 layers += [nn.GELU(), nn.Linear(width_in, width_out, bias=False)]
             self.append(nn.Sequential(*layers[1:]))
 
@@ -60,7 +61,7 @@ class TokenProjections(nn.ModuleList):
         Returns:
             A function from their values, (n, in_i) each, to their projections, (n, out_i) each, in the same order.
         """
-        weights = [[layer.weight for layer in self[k] if isinstance(layer, nn.Linear)] for k in tokens]
+        weights = [[layer.weight for layer in self[k].children() if isinstance(layer, nn.Linear)] for k in tokens]
         groups: dict[tuple[torch.Size, ...], list[int]] = {}
         for i, layers in enumerate(weights):
             groups.setdefault(tuple(w.shape for w in layers), []).append(i)
@@ -91,6 +92,7 @@ class SelfAttention(nn.Module):
     """Multi-head attention without a mask, with biases, scaled by 1/sqrt(c / heads) (Vaswani et al. 2017)."""
 
     def __init__(self, n_embd: int, n_head: int, dropout_prob: float) -> None:
+        """Build the layers."""
         super().__init__()
         self.key = nn.Linear(n_embd, n_embd)
         self.query = nn.Linear(n_embd, n_embd)
@@ -114,6 +116,7 @@ class Block(nn.Module):
     """Pre-norm transformer block: h += Attn(LN1(h)); h += MLP(LN2(h))."""
 
     def __init__(self, n_embd: int, n_head: int, dropout_prob: float) -> None:
+        """Build the layers."""
         super().__init__()
         self.ln1 = nn.LayerNorm(n_embd)
         self.ln2 = nn.LayerNorm(n_embd)
@@ -144,6 +147,7 @@ class TokenTransformer(nn.Module):
         decoder_depth: int,
         dropout_prob: float,
     ) -> None:
+        """Build the layers."""
         super().__init__()
         self.pos_emb = nn.Parameter(torch.zeros(1, len(input_lengths), n_embd))
         self.drop = nn.Dropout(dropout_prob)
@@ -226,6 +230,7 @@ class GptModel(nn.Module):
         num_frequencies: int = 128,
         dropout_prob: float = 0.0,
     ) -> None:
+        """Build the layers."""
         super().__init__()
         names = list(parameter_names or [])
         if parameter_names is not None and len(names) != len(parameter_sizes):

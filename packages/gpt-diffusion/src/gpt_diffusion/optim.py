@@ -86,7 +86,7 @@ def averaged_copy(model: Module) -> Module:
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average = decay * average + (1 - decay) * model over all parameters, in one fused pass; buffers stay as copied."""
+    """Set average to decay * average + (1 - decay) * model, all parameters in one fused pass; buffers stay."""
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 

@@ -63,7 +63,7 @@ def sample(
             raise ValueError(f"{name}: expected ({n},), one per start, got {tuple(value.shape)}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    draws = _normal_draws(start, generator) if noise is None else iter(noise)
+    draws = _normal_draws(start, generator) if noise is None else _given_draws(noise, diffusion.num_timesteps + 1)
     denoise = _in_batches(model, prompt, start_metric, start, batch_size or max(n, 1))
     denoised_fn = None if clip is None else lambda x_start: x_start.clamp(*clip)
     x = next(draws)
@@ -73,9 +73,7 @@ def sample(
             x = diffusion.p_sample(denoise, x, t, next(draws), clip_denoised=False, denoised_fn=denoised_fn).sample
         else:
             eps = None if eta == 0 and noise is None else next(draws)
-            x = diffusion.ddim_sample(
-                denoise, x, t, eps, eta=eta, clip_denoised=False, denoised_fn=denoised_fn
-            ).sample
+            x = diffusion.ddim_sample(denoise, x, t, eps, eta=eta, clip_denoised=False, denoised_fn=denoised_fn).sample
         if progress is not None:
             progress(done, diffusion.num_timesteps)
     return x
@@ -85,6 +83,12 @@ def _normal_draws(like: Tensor, generator: torch.Generator | None) -> Iterator[T
     """Endless standard normal tensors of one shape."""
     for _ in itertools.count():
         yield torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
+
+def _given_draws(noise: Iterable[Tensor], count: int) -> Iterator[Tensor]:
+    """The given draws, and a clear error if they end too early."""
+    yield from itertools.islice(noise, count)
+    raise ValueError(f"noise: {count} draws needed, the initial state and one for each step; fewer were given")
 
 
 def _in_batches(

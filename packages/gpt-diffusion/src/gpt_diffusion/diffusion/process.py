@@ -119,6 +119,7 @@ class Diffusion:
         var_type: ModelVarType = ModelVarType.FIXED_LARGE,
         loss_type: LossType = LossType.MSE,
     ) -> None:
+        """Compute the constants of the steps that are kept."""
         original = Schedule(named_betas(noise_schedule, steps))
         self.timestep_map = sorted(space_timesteps(steps, respacing or [steps]))
         self.schedule = Schedule(respaced_betas(original.alphas_cumprod, self.timestep_map))
@@ -305,7 +306,7 @@ class Diffusion:
         if eta != 0:
             if noise is None:
                 raise ValueError(f"DDIM with eta {eta} needs noise")
-            sample = sample + (t > 0)[:, None] * sigma * noise
+            sample = sample + sigma * noise  # sigma is 0 at t = 0, where abar_{t-1} = 1
         return Step(sample, p.pred_xstart)
 
     def ddim_reverse_sample(

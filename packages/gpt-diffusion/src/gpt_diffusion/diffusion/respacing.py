@@ -33,17 +33,17 @@ def space_timesteps(steps: int, respacing: str | Sequence[int]) -> set[int]:
     if not counts:
         raise ValueError("respacing needs at least one section")
     kept_steps: set[int] = set()
-    start = 0
+    first = 0
     for i, count in enumerate(counts):
         size = steps // len(counts) + (i < steps % len(counts))
         if size < count:
             raise ValueError(f"respacing {respacing!r}: section {i} has {size} of {steps} steps, cannot keep {count}")
-        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        spacing = (size - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):
-            kept_steps.add(start + round(position))
-            position += stride
-        start += size
+            kept_steps.add(first + round(position))
+            position += spacing
+        first += size
     return kept_steps
 
 

@@ -12,6 +12,7 @@ class UniformSampler(nn.Module):
     """
 
     def __init__(self, num_timesteps: int) -> None:
+        """Store the number of steps."""
         super().__init__()
         self.num_timesteps = num_timesteps
 
@@ -56,6 +57,7 @@ class LossSecondMomentSampler(UniformSampler):
     counts: Tensor  # (T,) int64
 
     def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
+        """Start with an empty history."""
         super().__init__(num_timesteps)
         self.uniform_prob = uniform_prob
         self.register_buffer("history", torch.zeros(num_timesteps, history_per_term, dtype=torch.float64))

@@ -66,7 +66,7 @@ def betas_between(kind: str, steps: int, *, beta_start: float, beta_end: float) 
     if kind == "linear":
         return np.linspace(beta_start, beta_end, steps, dtype=np.float64)
     if kind == "quad":
-        return np.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=np.float64) ** 2
+        return np.square(np.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=np.float64))
     if kind in ("warmup10", "warmup50"):
         betas = np.full(steps, beta_end, dtype=np.float64)
         ramp = int(steps * int(kind.removeprefix("warmup")) / 100)
@@ -75,13 +75,14 @@ def betas_between(kind: str, steps: int, *, beta_start: float, beta_end: float) 
     if kind == "const":
         return np.full(steps, beta_end, dtype=np.float64)
     if kind == "jsd":
-        return 1.0 / np.linspace(steps, 1, steps, dtype=np.float64)
+        return np.reciprocal(np.linspace(steps, 1, steps, dtype=np.float64))
     raise ValueError(f"kind of betas {kind!r} is unknown; use linear, quad, warmup10, warmup50, const or jsd")
 
 
 def betas_for_alpha_bar(steps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999) -> Array:
     """beta_i = min(1 - abar((i + 1)/T) / abar(i/T), max_beta), for a function abar on [0, 1]."""
-    return np.array([min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), max_beta) for i in range(steps)])
+    betas = [min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), max_beta) for i in range(steps)]
+    return np.array(betas, dtype=np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +106,7 @@ class Schedule:
     @cached_property
     def alphas_cumprod(self) -> Array:
         """abar_t."""
-        return np.cumprod(1 - self.betas)
+        return np.cumprod(1 - self.betas, dtype=np.float64)
 
     @cached_property
     def alphas_cumprod_prev(self) -> Array:
@@ -134,7 +135,7 @@ class Schedule:
 
     @cached_property
     def log_one_minus_alphas_cumprod(self) -> Array:
-        """log(1 - abar_t)."""
+        """Logarithm of 1 - abar_t."""
         return np.log(self.one_minus_alphas_cumprod)
 
     @cached_property
@@ -175,10 +176,10 @@ class Schedule:
 
     @cached_property
     def large_log_variance(self) -> Array:
-        """log of :attr:`large_variance`."""
+        """Logarithm of :attr:`large_variance`."""
         return np.log(self.large_variance)
 
     @cached_property
     def log_betas(self) -> Array:
-        """log(beta_t)."""
+        """Logarithm of beta_t."""
         return np.log(self.betas)
