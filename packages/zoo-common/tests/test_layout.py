@@ -179,7 +179,9 @@ def test_vmap_over_vectors_equals_a_loop():
 
 def test_another_dtype_of_the_vector_is_kept():
     layout = ParameterLayout.from_module(nn.Linear(2, 2))
-    assert {t.dtype for t in layout.unflatten(torch.zeros(layout.size, dtype=torch.float64)).values()} == {torch.float64}
+    assert {t.dtype for t in layout.unflatten(torch.zeros(layout.size, dtype=torch.float64)).values()} == {
+        torch.float64
+    }
 
 
 def test_equal_content_has_equal_id_and_hash():
@@ -210,7 +212,11 @@ def test_one_error_lists_everything_that_does_not_fit():
         (lambda layout: layout.from_state_dict({"n": torch.tensor(3)}), ValueError, "no floating-point tensor"),
         (lambda layout: layout.from_state_dict({"n": 3}), TypeError, "'n'.*int"),
         (lambda layout: layout.from_json("{}"), ValueError, "not a parameter layout"),
-        (lambda layout: layout.from_json(layout.to_json().replace('"offset": 6', '"offset": 5')), ValueError, "offsets"),
+        (
+            lambda layout: layout.from_json(layout.to_json().replace('"offset": 6', '"offset": 5')),
+            ValueError,
+            "offsets",
+        ),
     ],
 )
 def test_bad_input_is_named(call, error, match):

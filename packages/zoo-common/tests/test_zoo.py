@@ -173,7 +173,7 @@ def test_infinite_parameters_are_data_and_not_an_overflow(tmp_path, layout, make
         ({"params": torch.zeros(0, 10)}, "params must be"),
         ({"params": torch.zeros(3, 10, dtype=torch.int64)}, "params must be floating-point"),
         ({"steps": [0, 1]}, r"steps must be 3 rising integers, got \[0, 1\]"),
-        ({"steps": [0, 2, 1]}, "rising"),
+        ({"steps": [0, 2, 1]}, "steps must be 3 rising"),
         ({"metrics": {"loss": [1.0]}}, r"metric 'loss' must have shape \(3,\), got \(1,\)"),
         ({"metrics": {"a/b": [1.0, 2, 3]}}, "metric 'a/b'"),
         ({"buffers": {}}, "buffers must be"),
@@ -243,13 +243,19 @@ def test_create_refuses_what_is_there_unless_it_is_the_same(zoo, layout):
         Zoo.create(zoo.path, layout=layout)
     options = {"layout": layout, "task": "digits_loss", "attributes": {"classes": 10}, "exist_ok": True}
     assert len(Zoo.create(zoo.path, **options)) == 4
-    with pytest.raises(ValueError, match=r"another one \(split: \[0\.8, 0\.1, 0\.1\] there, \[1\.0, 0\.0, 0\.0\] asked for"):
+    with pytest.raises(
+        ValueError, match=r"another one \(split: \[0\.8, 0\.1, 0\.1\] there, \[1\.0, 0\.0, 0\.0\] asked for"
+    ):
         Zoo.create(zoo.path, **options, split=(1, 0, 0))
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"split": (0.5, 0.4, 0.2)}, "sum to 1"), ({"split": (1.5, -0.5, 0)}, "three fractions"), ({"dtype": "int8"}, "'int8'")],
+    [
+        ({"split": (0.5, 0.4, 0.2)}, "sum to 1"),
+        ({"split": (1.5, -0.5, 0)}, "three fractions"),
+        ({"dtype": "int8"}, "'int8'"),
+    ],
 )
 def test_create_checks_its_arguments(tmp_path, layout, options, match):
     with pytest.raises(ValueError, match=match):
@@ -298,7 +304,9 @@ def test_pairs_are_uniform_in_the_spacing_and_then_in_the_start(zoo, generator):
         starts = start[target - start == spacing]
         # a share of 24,000 draws has a standard deviation below 0.003, a share of a quarter of them below 0.007
         assert abs(len(starts) / 24_000 - 1 / 4) < 0.015
-        np.testing.assert_allclose(np.bincount(starts, minlength=5 - spacing) / len(starts), 1 / (5 - spacing), atol=0.035)
+        np.testing.assert_allclose(
+            np.bincount(starts, minlength=5 - spacing) / len(starts), 1 / (5 - spacing), atol=0.035
+        )
 
 
 def test_pairs_keep_to_the_spacings_of_mixed_runs(zoo):
