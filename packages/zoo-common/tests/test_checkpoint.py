@@ -3,6 +3,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from support.reliability import flip_bit
 from torch import nn
 from zoo_common import load_checkpoint, load_training, save_checkpoint, save_training
 
@@ -131,6 +132,16 @@ def test_kinds_of_checkpoints_are_not_confused(tmp_path):
         load_checkpoint(tmp_path / "t")
     with pytest.raises(FileNotFoundError, match="no file"):
         load_checkpoint(tmp_path / "absent")
+
+
+def test_a_damaged_training_checkpoint_changes_nothing(tmp_path):
+    parts = make_training()
+    save(tmp_path / "t", parts)
+    flip_bit(tmp_path / "t")
+    before = {name: tensor.clone() for name, tensor in parts[0].state_dict().items()}
+    with pytest.raises(ValueError, match=r"/t.* (damaged|truncated)"):
+        load(tmp_path / "t", parts)
+    assert all(torch.equal(before[name], tensor) for name, tensor in parts[0].state_dict().items())
 
 
 def test_global_generators_are_restored(tmp_path):

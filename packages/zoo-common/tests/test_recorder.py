@@ -65,7 +65,7 @@ def test_a_failed_training_writes_no_run(tmp_path):
 def test_mistakes_are_told_before_the_training(tmp_path):
     with ZooRecorder(tmp_path / "zoo", make_model(), run_id="a") as recorder:
         recorder.record(0)
-    with pytest.raises(ValueError, match="run 'a' is in .*zoo already"):
+    with pytest.raises(ValueError, match=r"run 'a' is in .*zoo already"):
         ZooRecorder(tmp_path / "zoo", make_model(), run_id="a")
     with pytest.raises(ValueError, match="layout"):
         ZooRecorder(tmp_path / "zoo", nn.Linear(1, 1))

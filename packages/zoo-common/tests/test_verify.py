@@ -1,3 +1,4 @@
+import re
 import shutil
 
 import pytest
@@ -60,8 +61,4 @@ def test_a_wrong_structure_is_named(zoo, tensor, value, match):
         tensors[tensor] = value
     files.write_tensors(path, "weightspace-zoo-shard", tensors, file.metadata)
     (problem,) = verify_zoo(zoo.path).problems
-    pytest.raises(ValueError, _raise, problem).match(rf"shard '1': .*{match}")
-
-
-def _raise(text):
-    raise ValueError(text)
+    assert re.match(rf"shard '1': .*{match}", problem)
