@@ -137,7 +137,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Pass over the files that ``GOLDEN_DIR`` does not hold."""
-    absent = [item for item in items if getattr(item, "callspec", None) and item.callspec.params.get("golden", 0) is None]
+    absent = [
+        item for item in items if getattr(item, "callspec", None) and item.callspec.params.get("golden", 0) is None
+    ]
     if absent:
         config.hook.pytest_deselected(items=absent)
         items[:] = [item for item in items if item not in absent]

@@ -100,7 +100,7 @@ class _Index:
 
     def rows(self, runs: Indices, checkpoints: Indices) -> np.ndarray:
         """Rows of (run, checkpoint) pairs, both (B,) or broadcastable; checkpoints may be negative."""
-        run, checkpoint = np.broadcast_arrays(np.asarray(runs), np.asarray(checkpoints))
+        run, checkpoint = np.broadcast_arrays(np.asarray(runs, np.int64), np.asarray(checkpoints, np.int64))
         if run.size and not (-len(self.runs) <= run.min() and run.max() < len(self.runs)):
             raise IndexError(f"runs {run.min()} to {run.max()} are out of range: the zoo has {len(self.runs)} runs")
         lengths = self.lengths[run]
