@@ -221,7 +221,9 @@ def prompt(title: str, model: Pretrained, unseen: Unseen, seed: int) -> Prompted
         reached.append(weights.view(NOISE_SEEDS, n, -1))
     one_step, recursive = (unseen.accuracy(w.flatten(0, 1)).view(NOISE_SEEDS, n) for w in (reached[0], reached[-1]))
     judged = evaluate(model, unseen.task, unseen.starts, seed=seed)
-    random_prompts = judged.one_step.desired.flatten()[torch.randperm(judged.one_step.desired.numel(), generator=torch.Generator().manual_seed(seed))[:n]]
+    random_prompts = judged.one_step.desired.flatten()[
+        torch.randperm(judged.one_step.desired.numel(), generator=torch.Generator().manual_seed(seed))[:n]
+    ]
     confused = model.sample(unseen.starts, prompt=random_prompts, start_metric=unseen.losses, seed=seed)
     alignment = (judged.alignment, judged.shuffled_alignment)
     rows = [
@@ -320,7 +322,12 @@ def print_table(table: list[Row], main_result: Prompted, novelty: dict[str, floa
         lines.append([r.name, accuracy, *("" if v is None else f"{v:.2f}" for v in numbers)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        print("  ".join(f"{text:<{w}}" if i < 2 else f"{text:>{w}}" for i, (text, w) in enumerate(zip(line, widths))))
+        print(
+            "  ".join(
+                f"{text:<{w}}" if i < 2 else f"{text:>{w}}"
+                for i, (text, w) in enumerate(zip(line, widths, strict=True))
+            )
+        )
     print(
         "\nalign: prompt alignment, 1 is perfect; shuffled: the same with the prompts of each network in another order;"
         "\nown run: how often the update points to the one of its own SGD run; cosine: with that update, on average."
@@ -341,7 +348,9 @@ def plot(table: list[Row], curves: dict[str, PromptCurves], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(15, 5.5), width_ratios=[1.2, 1])
-    left.barh([r.name for r in table], [r.accuracy for r in table], xerr=[r.interval or 0 for r in table], color="#7a9cc6")
+    left.barh(
+        [r.name for r in table], [r.accuracy for r in table], xerr=[r.interval or 0 for r in table], color="#7a9cc6"
+    )
     left.invert_yaxis()
     left.set_xlabel("accuracy on the test digits (fraction; bars: 95 % interval over networks)")
     for title, curve in curves.items():

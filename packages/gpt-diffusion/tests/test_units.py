@@ -29,9 +29,7 @@ NETWORKS = {
         (2, 6),
     ),
     "convolutions": (
-        nn.Sequential(
-            nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4, 5)
-        ),
+        nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4, 5)),
         (2, 2, 6, 6),
     ),
 }

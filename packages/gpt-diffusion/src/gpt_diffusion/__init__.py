@@ -3,6 +3,16 @@
 import importlib
 
 _MODULE_OF = {
+    "BehaviourLoss": "behaviour",
+    "Config": "config",
+    "ParameterDataset": "dataset",
+    "Pretrained": "pretrained",
+    "UnitModel": "units",
+    "UnitTokens": "units",
+    "evaluate": "evaluation",
+    "load_config": "config",
+    "load_pretrained": "pretrained",
+    "train": "training",
     "Diffusion": "diffusion",
     "GptModel": "model",
     "LossType": "diffusion",

@@ -1,6 +1,122 @@
-"""Command line of gpt-diffusion."""
+"""The ``gpt-diffusion`` command."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional
+from zoo_common.command import run_command
+
+DESCRIPTION = """Train networks by sampling their weights: a diffusion transformer over checkpoints.
+
+Examples:
+  gpt-diffusion generate digits_loss zoo --runs 2240      train thousands of small networks, keep their checkpoints
+  gpt-diffusion train digits_loss                         learn from the folder `zoo`; writes results/digits_loss
+  gpt-diffusion train digits_loss train.max_steps=3000    any key of the configuration can be overridden
+  gpt-diffusion sample results/digits_loss --prompt 0.1 -o better.safetensors
+  gpt-diffusion sample results/digits_loss --start my.safetensors --prompt 0.1 -o better.safetensors
+  gpt-diffusion eval results/digits_loss                  do the samples reach what was asked for?
+"""
 
 
-def main() -> int:
-    """Run the command line."""
-    return 0
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a model on a zoo; writes the model, its settings, a log and a state to resume from.
+
+    CONFIG is a built-in name (digits_loss) or a YAML file; KEY=VALUE changes single settings, for example
+    dataset.path=my-zoo train.max_steps=3000 transformer.tokens=layers. --show prints all keys.
+    """
+
+    config: Positional[str]
+    """Built-in name or YAML file."""
+    overrides: Positional[tuple[str, ...]] = ()
+    """Settings to change, KEY=VALUE."""
+    resume: bool = False
+    """Go on with a run that was stopped or killed."""
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """Where to compute; default: as configured (auto)."""
+    seed: int | None = None
+    """Seed of everything; default: as configured (0)."""
+    data_dir: Path | None = None
+    """Folder with the data files of the task, for tasks whose data do not come with scikit-learn."""
+    limit_seconds: float | None = None
+    """Stop after this time; --resume goes on."""
+    dry_run: bool = False
+    """Time a few steps and print a forecast of time, memory and disk; writes nothing."""
+    show: bool = False
+    """Print the resolved configuration as YAML and do nothing else."""
+    json: bool = False
+    """Print one JSON object and no progress bar."""
+
+
+@dataclass(frozen=True)
+class SampleCommand:
+    """Sample networks with a wanted metric, from given weights or from random initialisations."""
+
+    model: Positional[Path]
+    """Folder of a training run, or a model file."""
+    prompt: float
+    """Metric wanted, in its own units."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """File to write: a state dict (one network), or stacked tensors (several)."""
+    start: Path | None = None
+    """Safetensors file with the weights to start from; default: random initialisations."""
+    num: int = 1
+    """Networks to sample."""
+    start_metric: float | None = None
+    """Metric of the start; default: measured on the task's data."""
+    recursive: int = 1
+    """Prompted steps: more than one feeds samples back as starts."""
+    seed: int = 0
+    """Seed of initialisations and noise."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    data_dir: Path | None = None
+    """Folder with the data files of the task."""
+    json: bool = False
+    """Print one JSON object and no progress bar."""
+
+
+@dataclass(frozen=True)
+class EvalCommand:
+    """Prompt starting networks for a range of metrics; prints prompt alignment and recursive prompting."""
+
+    model: Positional[Path]
+    """Folder of a training run, or a model file."""
+    zoo: Path | None = None
+    """Take initialisations of its training runs and of its unseen test runs; default: the zoo of the training."""
+    networks: int | None = None
+    """Networks per group; default: as configured."""
+    out: Path | None = None
+    """Write all curves to this JSON file."""
+    seed: int = 0
+    """Seed of the noise."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    data_dir: Path | None = None
+    """Folder with the data files of the task."""
+    json: bool = False
+    """Print one JSON object and no progress bar."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    commands: dict[str, tuple[type, Callable[[Any], int | None]]] = {
+        "train": (TrainCommand, _later("train")),
+        "sample": (SampleCommand, _later("sample")),
+        "eval": (EvalCommand, _later("evaluate")),
+    }
+    return run_command("gpt-diffusion", DESCRIPTION, commands, argv)
+
+
+def _later(name: str) -> Callable[[Any], int | None]:
+    """A function of :mod:`gpt_diffusion.commands`, imported (with torch) when it is called."""
+
+    def run(command: object) -> int | None:
+        status: int | None = getattr(importlib.import_module("gpt_diffusion.commands"), name)(command)
+        return status
+
+    return run

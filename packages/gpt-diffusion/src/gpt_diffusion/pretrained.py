@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from zoo_common.checkpoint import load_checkpoint, save_checkpoint
 from zoo_common.layout import ParameterLayout
 
@@ -17,7 +17,7 @@ from gpt_diffusion.diffusion import Diffusion, ModelMeanType
 from gpt_diffusion.model import GptModel
 from gpt_diffusion.normalization import Normalizer, get_normalizer
 from gpt_diffusion.sampling import sample
-from gpt_diffusion.units import UnitTokens, UnitModel
+from gpt_diffusion.units import UnitModel, UnitTokens
 
 #: Recorded in every model file; a reader refuses other kinds.
 KIND = "gpt-diffusion model"
@@ -57,7 +57,7 @@ class ModelInfo:
         return cls(**{**data, "layout": layout, "units": units, "weight_range": tuple(data["weight_range"])})
 
 
-def build_model(config: TransformerConfig, info: ModelInfo) -> nn.Module:
+def build_model(config: TransformerConfig, info: ModelInfo) -> GptModel | UnitModel:
     """An untrained denoiser; it returns the start.
 
     Raises:
@@ -96,7 +96,7 @@ def build_model(config: TransformerConfig, info: ModelInfo) -> nn.Module:
 class Pretrained:
     """A denoiser ready to sample networks."""
 
-    model: nn.Module
+    model: GptModel | UnitModel
     config: Config
     info: ModelInfo
 

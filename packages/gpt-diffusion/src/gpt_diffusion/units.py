@@ -10,7 +10,6 @@ Shapes: ``b`` networks, ``D`` weights each, ``u`` units in a group, ``n`` the wi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,8 +51,10 @@ class UnitTokens:
         own: list[list[Tensor]] = [[] for _ in symmetry.groups]
         pairs: dict[tuple[int, int], list[Tensor]] = {}
         rest: list[Tensor] = []
+        offset = 0
         for spec in symmetry.layout.tensors:
-            index = torch.arange(spec.offset, spec.offset + math.prod(spec.shape)).reshape(spec.shape)
+            index = torch.arange(symmetry.layout.size)[offset : offset + spec.size].reshape(spec.shape)
+            offset += spec.size
             moved = sorted(axes.get(spec.name, []))
             for axis, _, block in reversed(moved):  # from the last axis, so that earlier axes keep their place
                 index = index.unflatten(axis, (index.shape[axis] // block, block))
@@ -108,12 +109,14 @@ class _Waves(nn.Module):
     """``(b,) -> (b, 33)``: sine and cosine of 16 slow frequencies and the value itself, in float32."""
 
     width = 33
+    frequencies: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("frequencies", 2.0 ** torch.linspace(-2, 4, 16), persistent=False)
 
     def forward(self, value: Tensor) -> Tensor:
+        """Embed scalars (b,)."""
         angle = value[:, None] * self.frequencies
         return torch.cat([angle.sin(), angle.cos(), value[:, None]], 1)
 
@@ -200,6 +203,9 @@ class UnitModel(nn.Module):
         num_timesteps: Steps of the original diffusion process; times are given as 0 ... num_timesteps - 1.
     """
 
+    index: Tensor
+    inverse: Tensor
+
     def __init__(
         self,
         units: UnitTokens,
@@ -230,9 +236,8 @@ class UnitModel(nn.Module):
         if len(units.rest):
             self.encoders.append(nn.Linear(2 * len(units.rest), n_embd))
             self.heads.append(nn.Linear(n_embd, len(units.rest)))
-        for head in self.heads:
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+        for parameter in self.heads.parameters():
+            nn.init.zeros_(parameter)
         self._sizes = [i.numel() for i in units.own] + [p.index.numel() for p in units.pairs] + [len(units.rest)]
 
     def metric_input(self, metric: Tensor) -> Tensor:
@@ -247,7 +252,7 @@ class UnitModel(nn.Module):
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             time = self.waves(t.float().flatten() * (4 / self.num_timesteps))
-            c = self.condition_mlp(torch.cat([time, prompt], 1).to(self.condition_mlp[0].weight.dtype))
+            c = self.condition_mlp(torch.cat([time, prompt], 1).to(x_prev.dtype))
             update = self._update(x[:, self.index], start, c)
             return update[:, self.inverse].to(x.dtype) + x_prev
 
@@ -277,17 +282,21 @@ class UnitModel(nn.Module):
         written = [t for t, row in zip(tokens, rows, strict=True) if row.shape[-1]]
         own = [head(t).flatten(1) for head, t in zip(self.heads, written, strict=True)]
         between = [
-            module.write(w, tokens[pair.a], tokens[pair.b], c).flatten(1)
-            for module, pair, w in zip(self.pairs, self.units.pairs, weights, strict=True)
+            module.write(w, tokens[pair.a], tokens[pair.b], c).flatten(1) for module, pair, w in self._pairs(weights)
         ]
         rest = [own.pop()] if len(self.units.rest) else []
         return torch.cat([*own, *between, *rest], 1)
 
     def _exchange(self, tokens: list[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
         """Send every pair's weights forward, then backward, so that each unit of a deep network is told apart."""
-        steps = list(zip(self.pairs, self.units.pairs, weights, strict=True))
+        steps = self._pairs(weights)
         for to_a, order in ((False, steps), (True, steps[::-1])):
             for module, pair, w in order:
                 sender, receiver = (pair.b, pair.a) if to_a else (pair.a, pair.b)
                 tokens[receiver] = tokens[receiver] + module.message(w, tokens[sender], to_a=to_a)
         return tokens
+
+    def _pairs(self, weights: Sequence[Tensor]) -> list[tuple[_PairMessages, Pair, Tensor]]:
+        """For each pair of groups its module, its place, and its weights."""
+        modules = [module for module in self.pairs if isinstance(module, _PairMessages)]
+        return list(zip(modules, self.units.pairs, weights, strict=True))

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from zoo_common.checkpoint import load_training, save_training
 from zoo_common.files import atomic_write
+from zoo_common.layout import ParameterLayout
 from zoo_common.population import Population
-from zoo_common.symmetry import Symmetry
 from zoo_common.tasks import Task, get_task
 from zoo_common.zoo import Zoo
 
@@ -24,7 +24,6 @@ from gpt_diffusion.behaviour import BehaviourLoss
 from gpt_diffusion.config import Config, config_to_yaml, load_config
 from gpt_diffusion.dataset import Pairs, ParameterDataset, mix_seed
 from gpt_diffusion.device import choose_device
-from gpt_diffusion.diffusion import Diffusion
 from gpt_diffusion.normalization import get_normalizer
 from gpt_diffusion.optim import averaged_copy, learning_rate, make_optimizer, update_model
 from gpt_diffusion.pretrained import ModelInfo, Pretrained, build_model, make_diffusion
@@ -42,6 +41,8 @@ class TrainReport:
     """Mean training loss since the last line of the log."""
     seconds: float
     """Of this session."""
+    interrupted: bool = False
+    """Whether Ctrl-C ended the session."""
 
     @property
     def finished(self) -> bool:
@@ -73,19 +74,50 @@ def train(
         FileNotFoundError: No zoo, or nothing to resume.
         ValueError: Zoo, configuration and saved state do not fit each other, or the loss is not finite.
     """
-    device = choose_device(config.device)
-    task = get_task(config.dataset.name, data_dir)
-    zoo = Zoo.open(config.dataset.path)
-    dataset, info = prepare(config, zoo, task, device)
+    run = _prepare_run(config, data_dir)
     folder = _open_folder(config, resume)
-    torch.manual_seed(config.rng_seed)
-    run = _Run(config, dataset, info, device, _behaviour(config, task, device))
     if resume and (folder / "state.safetensors").exists():
         run.load(folder / "state.safetensors")
     report = run.loop(folder, limit_seconds, quiet)
     if report.finished:
-        Pretrained(run.average, config, info).save(folder / "model.safetensors")
+        Pretrained(run.average, config, run.info).save(folder / "model.safetensors")
     return report
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a training will cost on this machine."""
+
+    steps: int
+    parameters: int
+    """Of the denoiser."""
+    seconds: float
+    state_bytes: int
+    """Disk for model and training state; the same again in memory."""
+
+
+def forecast(config: Config, *, data_dir: Path | None = None, timed_steps: int = 5) -> Forecast:
+    """Time a few steps without writing anything."""
+    run = _prepare_run(config, data_dir)
+    run.advance()  # what happens only once
+    began = time.monotonic()
+    for _ in range(timed_steps):
+        run.advance()
+    run.sums.tolist()  # waits for the device
+    seconds = (time.monotonic() - began) / timed_steps * run.steps
+    parameters = sum(p.numel() for p in run.model.parameters())
+    # weights, two AdamW moments and the average in the state; the average again in the model
+    return Forecast(run.steps, parameters, round(seconds, 1), 5 * 4 * parameters)
+
+
+def _prepare_run(config: Config, data_dir: Path | None) -> "_Run":
+    device = choose_device(config.device)
+    task = get_task(config.dataset.name, data_dir)
+    dataset, info = prepare(config, Zoo.open(config.dataset.path), task, device)
+    behaviour = _behaviour(config, task, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.rng_seed)
+        return _Run(config, dataset, info, device, behaviour)
 
 
 def prepare(config: Config, zoo: Zoo, task: Task, device: torch.device) -> tuple[ParameterDataset, ModelInfo]:
@@ -95,9 +127,11 @@ def prepare(config: Config, zoo: Zoo, task: Task, device: torch.device) -> tuple
     if metric not in zoo.metrics:
         raise ValueError(f"{data.path}: no metric {metric!r}; the zoo has {', '.join(zoo.metrics)}")
     symmetry = task.symmetry()
+    if not len(zoo):
+        raise ValueError(f"{data.path}: the zoo is empty; fill it with `gpt-diffusion generate`")
     if zoo.layout.shapes != symmetry.layout.shapes:
         raise ValueError(
-            f"{data.path}: the zoo holds {_describe(zoo.layout)}, task {task.name!r} has {_describe(symmetry.layout)}"
+            f"{data.path}: the zoo holds {_sizes(zoo.layout)}, task {task.name!r} has {_sizes(symmetry.layout)}"
         )
     runs = np.intersect1d(zoo.split("train"), zoo.filter().kept)[: data.max_train_runs]
     stats = zoo.stats(runs=runs)
@@ -132,6 +166,10 @@ def prepare(config: Config, zoo: Zoo, task: Task, device: torch.device) -> tuple
     return dataset, info
 
 
+def _sizes(layout: ParameterLayout) -> str:
+    return ", ".join(f"{spec.name} {spec.shape}" for spec in layout.tensors)
+
+
 class _Run:
     """State of one training: models, optimizer, step counter."""
 
@@ -143,7 +181,7 @@ class _Run:
         device: torch.device,
         behaviour: BehaviourLoss | None,
     ) -> None:
-        self.config, self.dataset, self.device, self.behaviour = config, dataset, device, behaviour
+        self.config, self.dataset, self.info, self.device, self.behaviour = config, dataset, info, device, behaviour
         self.optim = config.train
         self.model = build_model(config.transformer, info).to(device)
         self.average = averaged_copy(self.model)
@@ -160,7 +198,7 @@ class _Run:
 
     def loop(self, folder: Path, limit_seconds: float | None, quiet: bool) -> TrainReport:
         """Train to the end, to the time limit or to Ctrl-C; the state is saved in each case."""
-        began = time.monotonic()
+        began, interrupted = time.monotonic(), False
         log = _trimmed_log(folder / "metrics.jsonl", self.step)
         bar = tqdm(
             total=self.steps, initial=self.step, desc="train", unit="step", disable=quiet, file=sys.stderr, leave=False
@@ -177,9 +215,9 @@ class _Run:
                     if limit_seconds is not None and time.monotonic() - began > limit_seconds:
                         break
             except KeyboardInterrupt:
-                pass
+                interrupted = True
             self.save(folder / "state.safetensors")
-        return TrainReport(folder, self.step, self.steps, self.last_loss, time.monotonic() - began)
+        return TrainReport(folder, self.step, self.steps, self.last_loss, time.monotonic() - began, interrupted)
 
     def advance(self) -> None:
         """One optimizer step, a function of the state and of the step number."""

@@ -1,0 +1,164 @@
+"""What the commands of :mod:`gpt_diffusion.cli` do. Results go to stdout, progress to stderr."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+from zoo_common.checkpoint import save_checkpoint
+from zoo_common.files import write_json
+from zoo_common.tasks import Task, get_task
+from zoo_common.zoo import Zoo
+
+from gpt_diffusion import training
+from gpt_diffusion.cli import EvalCommand, SampleCommand, TrainCommand
+from gpt_diffusion.config import Config, config_to_yaml, load_config
+from gpt_diffusion.device import choose_device
+from gpt_diffusion.evaluation import as_sampler, batched_metric
+from gpt_diffusion.evaluation import evaluate as prompt_and_judge
+from gpt_diffusion.pretrained import Pretrained, load_pretrained
+
+
+def train(command: TrainCommand) -> int:
+    """Train a model; 130 if Ctrl-C stopped it."""
+    overrides = list(command.overrides)
+    overrides += [f"device={command.device}"] if command.device else []
+    overrides += [f"rng_seed={command.seed}"] if command.seed is not None else []
+    config = load_config(command.config, overrides)
+    if command.show:
+        print(config_to_yaml(config), end="")
+        return 0
+    if command.dry_run:
+        _show(dataclasses.asdict(training.forecast(config, data_dir=command.data_dir)), command.json)
+        return 0
+    report = training.train(
+        config,
+        resume=command.resume,
+        data_dir=command.data_dir,
+        limit_seconds=command.limit_seconds,
+        quiet=command.json,
+    )
+    shown = {**dataclasses.asdict(report), "folder": str(report.folder), "finished": report.finished}
+    _show(shown, command.json)
+    if not report.finished:
+        print(f"stopped at step {report.step} of {report.steps}; go on with --resume", file=sys.stderr)
+    return 130 if report.interrupted else 0
+
+
+def sample(command: SampleCommand) -> None:
+    """Sample networks and write them to a file."""
+    if command.num < 1 or command.recursive < 1:
+        raise ValueError(f"--num ({command.num}) and --recursive ({command.recursive}) must be at least 1")
+    if command.start is not None and command.num > 1:
+        raise ValueError("--num is for random initialisations; with --start there is one network")
+    if not command.out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {command.out}: the folder {command.out.absolute().parent} does not exist")
+    pretrained, task = _open(command.model, command.device, command.data_dir)
+    starts = _starts(command, pretrained, task)
+    measure = batched_metric(task, pretrained.device)
+    given = command.start_metric
+    metrics = measure(starts) if given is None else torch.full((len(starts),), given, device=starts.device)
+    observed = [metrics]
+    with _progress(pretrained.config, command.recursive, command.json) as progress:
+        sampler = as_sampler(pretrained, command.seed, progress)
+        for _ in range(command.recursive):
+            starts = sampler(torch.full_like(metrics, command.prompt), observed[-1], starts)
+            observed.append(measure(starts))
+    layout = pretrained.info.layout
+    weights = layout.unflatten((starts if len(starts) > 1 else starts[0]).cpu())
+    metadata = {"prompt": command.prompt, "metric": pretrained.info.metric, "observed": observed[-1].tolist()}
+    save_checkpoint(command.out, weights, metadata)
+    result = {
+        "out": str(command.out),
+        "networks": len(starts),
+        "metric": pretrained.info.metric,
+        "prompt": command.prompt,
+        "start": observed[0].mean().item(),
+        "reached": observed[-1].mean().item(),
+    }
+    _show(result, command.json)
+
+
+def evaluate(command: EvalCommand) -> None:
+    """Judge a model by prompting training and unseen initialisations."""
+    pretrained, task = _open(command.model, command.device, command.data_dir)
+    count = command.networks or pretrained.config.vis.num_nets_per_gpu
+    if count < 1:
+        raise ValueError(f"--networks must be at least 1, got {count}")
+    zoo = Zoo.open(command.zoo or pretrained.config.dataset.path)
+    if zoo.layout.shapes != pretrained.info.layout.shapes:
+        raise ValueError(f"{zoo.path}: the zoo holds networks of another layout than the model {command.model}")
+    scores: dict[str, Any] = {}
+    for group, split in (("training_set", "train"), ("test_set", "test")):
+        runs = zoo.split(split)[:count]
+        if not len(runs):
+            raise ValueError(f"{zoo.path}: the zoo has no run in its {split} split")
+        starts = zoo.params.gather(runs, np.zeros_like(runs))
+        calls = 1 + pretrained.config.vis.recursive_steps
+        with _progress(pretrained.config, calls, command.json, group) as progress:
+            judged = prompt_and_judge(pretrained, task, starts, seed=command.seed, progress=progress)
+        scores[group] = judged.to_json()
+    if command.out is not None:
+        write_json(command.out, scores)
+    summary = {
+        group: {key: value for key, value in score.items() if not isinstance(value, dict)}
+        for group, score in scores.items()
+    }
+    _show(summary, command.json)
+
+
+def _open(path: Path, device: str, data_dir: Path | None) -> tuple[Pretrained, Task]:
+    pretrained = load_pretrained(path, choose_device(device))
+    return pretrained, get_task(pretrained.config.dataset.name, data_dir)
+
+
+def _starts(command: SampleCommand, pretrained: Pretrained, task: Task) -> Tensor:
+    """Starting weights (n, D): from a file, or ``--num`` random initialisations."""
+    layout = pretrained.info.layout
+    if command.start is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(command.seed)
+            starts = layout.stack(task.constructor() for _ in range(command.num)).detach()
+    else:
+        if not command.start.is_file():
+            raise FileNotFoundError(f"--start {command.start}: there is no such file")
+        try:
+            starts = layout.flatten(load_file(command.start))[None]
+        except SafetensorError as error:
+            raise ValueError(f"--start {command.start}: not a readable safetensors file ({error})") from None
+        except ValueError as error:
+            raise ValueError(f"--start {command.start}: {error}") from None
+    return starts.to(pretrained.device, torch.float32)
+
+
+@contextmanager
+def _progress(config: Config, calls: int, quiet: bool, title: str = "sample") -> Iterator[Callable[[int, int], None]]:
+    """A bar over the denoising steps of several calls of the sampler."""
+    with tqdm(total=calls * config.sampling.steps, desc=title, unit="step", disable=quiet, leave=False) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.update()
+
+        yield advance
+
+
+def _show(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, default=str))
+        return
+    for name, value in result.items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for key, below in value.items():
+                print(f"  {key}: {below}")
+        else:
+            print(f"{name}: {value}")
