@@ -32,11 +32,11 @@ class DenseLayer:
     """Key of :data:`ACTIVATIONS`; None: identity."""
 
 
-#: Functions of a dense chain: name, function, and its derivative as a function of its *output*.
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "relu": (torch.relu, lambda y: (y > 0).to(y.dtype)),
-    "tanh": (torch.tanh, lambda y: 1 - y * y),
-    "sigmoid": (torch.sigmoid, lambda y: y * (1 - y)),
+#: Functions of a dense chain, and their gradients from the gradient in the output and the output itself.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "relu": (torch.relu, lambda gradient, y: torch.ops.aten.threshold_backward(gradient, y, 0)),
+    "tanh": (torch.tanh, torch.ops.aten.tanh_backward),
+    "sigmoid": (torch.sigmoid, torch.ops.aten.sigmoid_backward),
 }
 _NAMES: dict[object, str] = {
     function: name
