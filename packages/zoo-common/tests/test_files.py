@@ -2,8 +2,9 @@ import os
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from support.reliability import flip_every_bit, truncate
-from zoo_common import atomic_write
+from zoo_common import atomic_write, files
 from zoo_common.files import TensorFile, sha256, visible_files, write_tensors
 
 TENSORS = {
@@ -58,6 +59,17 @@ def test_mapped_tensors_share_memory_and_never_write_to_the_file(tmp_path):
     assert file.tensor("w").data_ptr() == file.tensor("w").data_ptr()
     file.tensor("w")[0] = 5
     assert TensorFile(path, "kind").load()["w"].tolist() == [0, 0, 0, 0]
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(files, "save_file", fail)
+    with pytest.raises(OSError, match=r"cannot write .*a\.safetensors: No space left"):
+        write_tensors(tmp_path / "a.safetensors", "kind", TENSORS, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_sha256_is_that_of_the_bytes():

@@ -198,7 +198,7 @@ def test_a_named_shard_written_again_is_kept(zoo, make_run):
     before = shard_path(zoo, "1").stat().st_mtime_ns
     assert Zoo.open(zoo.path).append([make_run("c", 5)], name="1") == "1"
     assert shard_path(zoo, "1").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="shard '1' is in .* with other runs"):
+    with pytest.raises(ValueError, match=r"shard '1' is in .* with other runs"):
         zoo.append([make_run("e")], name="1")
     with pytest.raises(ValueError, match="with other runs"):
         zoo.append([make_run("c", 5, config={"seed": 77})], name="1")
