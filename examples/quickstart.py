@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import tyro
 from gpt_diffusion import Pretrained, evaluate, load_config, load_pretrained, train
 from gpt_diffusion.baselines import aligned_mean, best_ridge, line_to, nearest_by_metric
-from gpt_diffusion.generate import generate, train_from
+from gpt_diffusion.generation import generate, train_from
 from gpt_diffusion.novelty import nearest_checkpoints
 from gpt_diffusion.prompting import PromptCurves, prompt_alignment
 from torch import Tensor

@@ -36,3 +36,28 @@ def filled_model(build_model):
         return model
 
     return build
+
+
+@pytest.fixture(scope="session")
+def digits_zoo(tmp_path_factory):
+    """A zoo of 40 short runs on the digits; read only."""
+    from gpt_diffusion import generate
+
+    path = tmp_path_factory.mktemp("data") / "zoo"
+    generate("digits_loss", path, runs=40, steps=40, save_count=8, split=(0.7, 0.15, 0.15), progress=False)
+    return path
+
+
+@pytest.fixture
+def tiny_config(digits_zoo, tmp_path):
+    """The preset digits_loss, cut down to seconds."""
+    from gpt_diffusion import load_config
+
+    def build(*overrides):
+        small = [f"dataset.path={digits_zoo}", f"out_dir={tmp_path}", "dataset.target_epoch_size=128"]
+        small += ["transformer.n_embd=16", "transformer.n_layer=1", "transformer.n_head=2"]
+        small += ["train.max_steps=12", "train.mb_size=8", "train.log_freq=3", "train.checkpoint_freq=4"]
+        small += ["sampling.steps=3", "vis.num_nets_per_gpu=2", "vis.dvo_steps=4"]
+        return load_config("digits_loss", [*small, *overrides])
+
+    return build

@@ -7,10 +7,10 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from gpt_diffusion.generate import Forecast, generate, generation
-from gpt_diffusion.generate.batches import Batches, derive_seed, flip_crop
-from gpt_diffusion.generate.schedule import random_save_points, save_points
-from gpt_diffusion.generate.trainers import TRAINERS, Job, initial_vectors, strategies_for
+from gpt_diffusion.generation import Forecast, generate, generation
+from gpt_diffusion.generation.batches import Batches, derive_seed, flip_crop
+from gpt_diffusion.generation.schedule import random_save_points, save_points
+from gpt_diffusion.generation.trainers import TRAINERS, Job, initial_vectors, strategies_for
 from torch import nn
 from zoo_common.datasets import Part, Splits
 from zoo_common.layout import ParameterLayout
@@ -341,7 +341,7 @@ def test_a_zoo_made_with_other_options_is_not_touched(task, options, match, tmp_
 
 _COMMAND = """
 import sys
-from gpt_diffusion.generate import generate
+from gpt_diffusion.generation import generate
 generate("digits", sys.argv[1], runs=60, steps=200, chunk=4, strategy="stacked", progress=False)
 """
 

@@ -10,6 +10,7 @@ _MODULE_OF = {
     "UnitModel": "units",
     "UnitTokens": "units",
     "evaluate": "evaluation",
+    "generate": "generation",
     "load_config": "config",
     "load_pretrained": "pretrained",
     "train": "training",

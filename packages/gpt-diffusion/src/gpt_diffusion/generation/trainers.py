@@ -18,7 +18,7 @@ from zoo_common.layout import ParameterLayout
 from zoo_common.population import ACTIVATIONS, DenseLayer, dense_chain
 from zoo_common.tasks import TrainingRecipe
 
-from gpt_diffusion.generate.batches import Batches
+from gpt_diffusion.generation.batches import Batches
 
 
 @dataclass(frozen=True)

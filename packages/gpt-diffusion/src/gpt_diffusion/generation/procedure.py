@@ -20,9 +20,9 @@ from zoo_common.population import Population
 from zoo_common.tasks import Task, get_task
 from zoo_common.zoo import Run, Zoo
 
-from gpt_diffusion.generate.batches import derive_seed
-from gpt_diffusion.generate.schedule import SCHEDULES, random_save_points, save_points
-from gpt_diffusion.generate.trainers import TRAINERS, Job, initial_vectors, strategies_for
+from gpt_diffusion.generation.batches import derive_seed
+from gpt_diffusion.generation.schedule import SCHEDULES, random_save_points, save_points
+from gpt_diffusion.generation.trainers import TRAINERS, Job, initial_vectors, strategies_for
 
 #: Saved vectors of one chunk, in bytes, when ``chunk`` is not given.
 CHUNK_BYTES = 128 * 2**20
