@@ -44,7 +44,8 @@ def digits_zoo(tmp_path_factory):
     from gpt_diffusion import generate
 
     path = tmp_path_factory.mktemp("data") / "zoo"
-    generate("digits_loss", path, runs=40, steps=40, save_count=8, split=(0.7, 0.15, 0.15), progress=False)
+    options = {"runs": 40, "steps": 40, "save_count": 8, "split": (0.7, 0.15, 0.15)}
+    generate("digits_loss", path, strategy="stacked", progress=False, **options)
     return path
 
 

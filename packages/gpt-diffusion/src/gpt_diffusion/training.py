@@ -1,5 +1,6 @@
 """Training a checkpoint diffusion model on one zoo: a loop to read, copy and change."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -110,14 +111,14 @@ def forecast(config: Config, *, data_dir: Path | None = None, timed_steps: int =
     return Forecast(run.steps, parameters, round(seconds, 1), 5 * 4 * parameters)
 
 
-def _prepare_run(config: Config, data_dir: Path | None) -> "_Run":
+def _prepare_run(config: Config, data_dir: Path | None) -> "Training":
     device = choose_device(config.device)
     task = get_task(config.dataset.name, data_dir)
     dataset, info = prepare(config, Zoo.open(config.dataset.path), task, device)
     behaviour = _behaviour(config, task, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.rng_seed)
-        return _Run(config, dataset, info, device, behaviour)
+        return Training(config, dataset, info, device, behaviour)
 
 
 def prepare(config: Config, zoo: Zoo, task: Task, device: torch.device) -> tuple[ParameterDataset, ModelInfo]:
@@ -170,7 +171,7 @@ def _sizes(layout: ParameterLayout) -> str:
     return ", ".join(f"{spec.name} {spec.shape}" for spec in layout.tensors)
 
 
-class _Run:
+class Training:
     """State of one training: models, optimizer, step counter."""
 
     def __init__(
@@ -324,13 +325,25 @@ def _open_folder(config: Config, resume: bool) -> Path:
     if resume and not stored.exists():
         raise FileNotFoundError(f"nothing to resume in {folder}; start the run without --resume")
     if stored.exists():
-        if load_config(stored) != config:
-            raise ValueError(f"{stored} differs from the configuration given; resume with the same settings")
+        changed = _differences(dataclasses.asdict(load_config(stored)), dataclasses.asdict(config))
+        if changed:
+            raise ValueError(f"{stored} differs from the configuration given in {', '.join(changed)}; use the same")
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(stored) as temporary:
         temporary.write_text(config_to_yaml(config))
     return folder
+
+
+def _differences(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """Dotted names of the keys that differ."""
+    names = []
+    for key, value in stored.items():
+        if isinstance(value, dict):
+            names += [f"{key}.{name}" for name in _differences(value, given[key])]
+        elif value != given[key]:
+            names.append(key)
+    return names
 
 
 def _trimmed_log(path: Path, step: int) -> Path:

@@ -179,6 +179,34 @@ def generate(
     return _generate(plan, zoo, chosen, limit_seconds, progress)
 
 
+def train_from(task: Task, starts: Tensor, *, seed: int, steps: int | None = None, device: str = "auto") -> Tensor:
+    """Train given initialisations with the task's recipe, each in a data order of its own.
+
+    Args:
+        task: A supervised task.
+        starts: Weights to start from, (n, d).
+        seed: Of the data orders.
+        steps: Optimizer steps; default: the task's.
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Returns:
+        The trained weights (n, d) float32, on the CPU.
+
+    Raises:
+        ValueError: The starts are of another layout.
+    """
+    plan = _plan(task, len(starts), seed, 1, None, None, steps, device, "float32", None)
+    if starts.ndim != 2 or starts.shape[1] != plan.job.layout.size:
+        raise ValueError(f"starts: expected (n, {plan.job.layout.size}), got {tuple(starts.shape)}")
+    strategy = strategies_for(plan.job.module, plan.job.layout)[0]
+    ends = []
+    for part in _parts(plan, range(len(starts))):
+        saves = torch.full((len(part), 1), plan.options.steps)
+        vectors = starts[part.start : part.stop].to(plan.device, torch.float32)
+        ends.append(TRAINERS[strategy](plan.job, vectors, plan.order_seeds(part), 1, saves, lambda _: None)[:, 0])
+    return torch.cat(ends)
+
+
 def _plan(
     task: Task,
     runs: int,
@@ -306,7 +334,7 @@ def _data_name(task: Task) -> str:
 def _generate(plan: _Plan, zoo: Zoo, strategy: str, limit: float | None, progress: bool) -> Generated:
     options, start = plan.options, time.monotonic()
     chunks = [range(i, min(i + options.chunk, options.runs)) for i in range(0, options.runs, options.chunk)]
-    waiting = [runs for runs in chunks if _shard_name(runs) not in zoo.shard_names]
+    waiting = [runs for runs in chunks if _shard_name(runs) not in zoo.shards]
     finished = options.runs - sum(map(len, waiting))
     dropped, trained, stopped, longest = finished - len(zoo), 0, None, 0.0
     with tqdm(

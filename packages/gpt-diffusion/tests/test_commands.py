@@ -1,0 +1,207 @@
+"""The command line: results, one-line errors, nothing left behind."""
+
+import json
+
+import pytest
+import torch
+from gpt_diffusion import load_pretrained, train
+from gpt_diffusion.cli import main
+from gpt_diffusion.evaluation import batched_metric
+from safetensors.torch import load_file, save_file
+from support.reliability import flip_bit, truncate
+from torch import nn
+from zoo_common.tasks import Task, get_task
+
+
+@pytest.fixture(scope="module")
+def trained(digits_zoo, tmp_path_factory):
+    """Folder of a run of a few steps."""
+    from gpt_diffusion import load_config
+
+    folder = tmp_path_factory.mktemp("runs")
+    small = ["dataset.target_epoch_size=64", "transformer.n_embd=16", "transformer.n_layer=1", "transformer.n_head=2"]
+    small += ["train.max_steps=4", "train.mb_size=8", "sampling.steps=3", "vis.num_nets_per_gpu=2", "vis.dvo_steps=3"]
+    config = load_config("digits_loss", [f"dataset.path={digits_zoo}", f"out_dir={folder}", *small])
+    return train(config, quiet=True).folder
+
+
+def call(capsys, *arguments):
+    """Status, stdout and stderr of the command."""
+    status = main([str(argument) for argument in arguments])
+    return status, *capsys.readouterr()
+
+
+def result_of(capsys, *arguments):
+    """The JSON object that a successful command prints."""
+    status, out, err = call(capsys, *arguments, "--json")
+    assert (status, err) == (0, "")
+    return json.loads(out.splitlines()[-1])
+
+
+def error_of(capsys, *arguments):
+    """The single line that a refused command prints."""
+    status, out, err = call(capsys, *arguments)
+    assert (status, out) == (1, "")
+    assert len(err.splitlines()) == 1, err
+    return err
+
+
+def test_generate_then_train_then_sample(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = result_of(capsys, "generate", "digits", "zoo", "--runs", 20, "--steps", 10, "--strategy", "stacked")
+    assert made["runs"] == 20
+    small = ["train.max_steps=2", "dataset.target_epoch_size=64", "train.mb_size=4", "transformer.n_embd=8"]
+    assert result_of(capsys, "train", "digits_loss", *small)["finished"]
+    sampled = result_of(capsys, "sample", "results/digits_loss", "--prompt", "0.5", "-o", "new.safetensors")
+    assert sampled["networks"] == 1
+    net = get_task("digits_loss").constructor()
+    net.load_state_dict(load_file("new.safetensors"))
+
+
+def test_sample_starts_from_given_weights_and_measures_them(capsys, trained, tmp_path):
+    task = get_task("digits_loss")
+    torch.manual_seed(3)
+    net = task.constructor()
+    save_file(net.state_dict(), tmp_path / "mine.safetensors")
+    out = tmp_path / "out.safetensors"
+    result = result_of(capsys, "sample", trained, "--start", tmp_path / "mine.safetensors", "--prompt", 1.0, "-o", out)
+    assert result["start"] == pytest.approx(task.test_fn(*task.data_fn(), net), rel=1e-5)
+    net.load_state_dict(load_file(out))
+    assert result["reached"] == pytest.approx(task.test_fn(*task.data_fn(), net), rel=1e-5)
+
+
+def test_several_samples_are_stacked_and_repeatable(capsys, trained, tmp_path):
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for file in files:
+        options = ["--prompt", 1.0, "--num", 3, "--recursive", 2, "--seed", 5, "-o", file]
+        assert result_of(capsys, "sample", trained, *options)["networks"] == 3
+    a, b = map(load_file, files)
+    assert a["fc1.weight"].shape == (3, 10, 64)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["fc1.weight"][0], a["fc1.weight"][1])
+
+
+def test_eval_prints_alignment_of_both_groups(capsys, trained, tmp_path):
+    curves = tmp_path / "curves.json"
+    result = result_of(capsys, "eval", trained, "--out", curves)
+    for group in ("training_set", "test_set"):
+        assert result[group]["networks"] == 2
+        assert result[group]["prompt_alignment"] <= 1
+        stored = json.loads(curves.read_text())[group]
+        assert stored["prompt_alignment"] == result[group]["prompt_alignment"]
+        assert len(stored["one_step"]["observed"][0]) == 1 + 3
+    again = result_of(capsys, "eval", trained)
+    assert again == result
+
+
+def test_train_shows_all_keys_and_forecasts_without_writing(capsys, digits_zoo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = call(capsys, "train", "digits_loss", "--show", "train.mb_size=7")
+    assert status == 0
+    assert "mb_size: 7" in out
+    path = f"dataset.path={digits_zoo}"
+    forecast = result_of(capsys, "train", "digits_loss", "--dry-run", path, "transformer.n_embd=8")
+    assert forecast["steps"] == 1500
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_things_are_named_with_the_nearest(capsys, tmp_path):
+    assert "did you mean 'digits_loss'" in error_of(capsys, "train", "digit_loss")
+    assert "did you mean 'digits'" in error_of(capsys, "generate", "digit", tmp_path / "zoo")
+    assert "there is no zoo in nowhere" in error_of(capsys, "train", "digits_loss", "dataset.path=nowhere")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--runs", "0"], ["runs", "at least 1", "got 0"]),
+        (["--save-count", "0"], ["save_count", "got 0"]),
+        (["--share-batches", "0"], ["share_batches", "got 0"]),
+    ],
+)
+def test_zero_counts_are_named(capsys, tmp_path, arguments, parts):
+    error = error_of(capsys, "generate", "digits", tmp_path / "zoo", *arguments)
+    assert all(part in error for part in parts)
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_bad_files_are_named_and_nothing_is_written(capsys, trained, tmp_path):
+    out = tmp_path / "out.safetensors"
+    options = ["--prompt", 1.0, "-o", out]
+    start = tmp_path / "start.safetensors"
+
+    def refused(*arguments):
+        error = error_of(capsys, "sample", *arguments, *options)
+        assert not out.exists()
+        return error
+
+    assert "no such file" in refused(trained, "--start", tmp_path / "absent.safetensors")
+    save_file({"weight": torch.zeros(2, 2)}, start)
+    assert "missing fc1.weight" in refused(trained, "--start", start)
+    state = get_task("digits_loss").constructor().state_dict()
+    save_file(state | {"fc1.weight": torch.zeros(10, 63)}, start)
+    assert "'fc1.weight': expected (10, 64), got (10, 63)" in refused(trained, "--start", start)
+    save_file(state | {"fc1.weight": torch.full((10, 64), torch.nan)}, start)
+    assert "NaN" in refused(trained, "--start", start)
+    truncate(start)
+    assert "not a readable safetensors file" in refused(trained, "--start", start)
+    assert "absent" in refused(tmp_path / "absent")
+    assert "NaN or infinite" in refused(trained, "--start-metric", "nan")
+    assert "is not a" in refused(start_of_a_checkpoint(tmp_path, state))
+
+
+def start_of_a_checkpoint(tmp_path, state):
+    from zoo_common.checkpoint import save_checkpoint
+
+    save_checkpoint(tmp_path / "weights.safetensors", state)
+    return tmp_path / "weights.safetensors"
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_bit])
+def test_a_damaged_model_is_named(capsys, trained, tmp_path, damage):
+    copy = tmp_path / "model.safetensors"
+    copy.write_bytes((trained / "model.safetensors").read_bytes())
+    damage(copy)
+    error = error_of(capsys, "sample", copy, "--prompt", 1.0, "-o", tmp_path / "out.safetensors")
+    assert "model.safetensors" in error
+
+
+def test_a_missing_output_folder_is_named_before_the_work(capsys, trained, tmp_path):
+    error = error_of(capsys, "sample", trained, "--prompt", 1.0, "-o", tmp_path / "no" / "out.safetensors")
+    assert "does not exist" in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["train", "sample", "eval", "generate"])
+def test_a_missing_gpu_is_named(capsys, trained, digits_zoo, tmp_path, command):
+    arguments = {
+        "train": ["digits_loss", f"dataset.path={digits_zoo}", f"out_dir={tmp_path}"],
+        "sample": [trained, "--prompt", 1.0, "-o", tmp_path / "out.safetensors"],
+        "eval": [trained],
+        "generate": ["digits", tmp_path / "zoo", "--runs", 2],
+    }[command]
+    assert "cuda" in error_of(capsys, command, *arguments, "--device", "cuda")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["sample", "model", "--prompts", "1"], ["sample", "model"], ["dance"]])
+def test_options_that_do_not_parse_have_status_2(capsys, arguments):
+    assert call(capsys, *arguments)[0] == 2
+
+
+def test_any_task_is_measured_through_its_test_function():
+    def test_fn(offset, net):
+        return offset + net.weight.sum().item(), "more"
+
+    task = Task("t", lambda: nn.Linear(2, 1), lambda: (10.0,), test_fn, False, 1.0, 1.0, "return", (2,))
+    values = batched_metric(task, torch.device("cpu"))(torch.tensor([[1.0, 2.0, 9.0], [3.0, 4.0, 9.0]]))
+    assert values.tolist() == [13.0, 17.0]
+
+
+def test_batched_and_single_metrics_agree(trained):
+    task = get_task("digits_loss")
+    nets = [task.constructor() for _ in range(3)]
+    vectors = load_pretrained(trained).info.layout.stack(nets).detach()
+    batched = batched_metric(task, torch.device("cpu"))(vectors)
+    singles = torch.tensor([task.test_fn(*task.data_fn(), net) for net in nets])
+    torch.testing.assert_close(batched, singles, rtol=1e-6, atol=1e-6)
