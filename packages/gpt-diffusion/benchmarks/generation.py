@@ -15,9 +15,11 @@ import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from gpt_diffusion.generate import generation
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from zoo_common.datasets import Part, Splits
@@ -27,15 +29,12 @@ ROUNDS = 5
 
 
 class Items(Dataset):
-    """What torchvision's MNIST does for every item: array -> PIL image -> tensor -> normalised."""
+    """What torchvision's MNIST, ``ToTensor`` and ``Normalize`` do for every item, without their checks."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         """Take uint8 images (n, 28, 28) and labels (n,)."""
-        from torchvision import transforms
-
         self.images, self.labels = images, labels
-        steps = [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
-        self.transform = transforms.Compose(steps)
+        self.mean, self.std = torch.tensor([0.1307]).view(-1, 1, 1), torch.tensor([0.3081]).view(-1, 1, 1)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -43,9 +42,9 @@ class Items(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         """One normalised image (1, 28, 28) and its label."""
-        from PIL import Image
-
-        return self.transform(Image.fromarray(self.images[i].numpy())), int(self.labels[i])
+        image = Image.fromarray(self.images[i].numpy())
+        pixels = torch.from_numpy(np.array(image)).view(28, 28, 1).permute(2, 0, 1).contiguous()
+        return pixels.to(torch.float32).div(255).sub_(self.mean).div_(self.std), int(self.labels[i])
 
 
 def plain_optimizer(net: nn.Module) -> torch.optim.SGD:
@@ -53,11 +52,15 @@ def plain_optimizer(net: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
-def with_loader(task: Task, steps: int) -> int:
-    """One model, fed by a DataLoader."""
+def items_of(task: Task) -> Items:
+    """The training images of MNIST as pixels."""
     images, labels = task.splits().train
-    pixels = ((images[:, 0] * 0.3081 + 0.1307) * 255).round().clamp(0, 255).to(torch.uint8)
-    loader = DataLoader(Items(pixels, labels), batch_size=128, shuffle=True, drop_last=True)
+    return Items(((images[:, 0] * 0.3081 + 0.1307) * 255).round().clamp(0, 255).to(torch.uint8), labels)
+
+
+def with_loader(task: Task, items: Items, steps: int) -> int:
+    """One model, fed by a DataLoader."""
+    loader = DataLoader(items, batch_size=128, shuffle=True, drop_last=True)
     net = task.constructor()
     optimizer = plain_optimizer(net)
     for _, (x, y) in zip(range(steps), loader, strict=False):
@@ -67,9 +70,9 @@ def with_loader(task: Task, steps: int) -> int:
     return steps
 
 
-def in_memory(task: Task, steps: int, device: str) -> int:
+def in_memory(task: Task, images: Tensor, labels: Tensor, steps: int) -> int:
     """One model, data in memory as one tensor (CIFAR-10: with its augmentation, on the batch)."""
-    images, labels = (tensor.to(device) for tensor in task.splits().train)
+    device = images.device
     net = task.constructor().to(device)
     optimizer = plain_optimizer(net)
     order = torch.randperm(len(images), device=device)
@@ -154,16 +157,20 @@ def main() -> None:
     own, own_strategy = many(mnist, models, steps, 1, device)
     shared, shared_strategy = many(mnist, models, steps, 32, device)
     cnn, cnn_strategy = many(cifar, 4 if device == "cpu" else 64, min(steps, 20), 1, device)
+    items = items_of(mnist)
+    digits, pictures = ([tensor.to(device) for tensor in task.splits().train] for task in (mnist, cifar))
     workloads = {
-        "mnist, DataLoader, 1 model": lambda: with_loader(mnist, steps),
-        "mnist, in memory, 1 model": lambda: in_memory(mnist, 4 * steps, device),
+        "mnist, DataLoader, 1 model": lambda: with_loader(mnist, items, steps),
+        "mnist, in memory, 1 model": lambda: in_memory(mnist, *digits, 4 * steps),
         f"mnist, {models} models, own batches ({own_strategy})": own,
         f"mnist, {models} models, batches shared by 32 ({shared_strategy})": shared,
-        "cifar10, in memory, 1 model": lambda: in_memory(cifar, min(steps, 20), device),
+        "cifar10, in memory, 1 model": lambda: in_memory(cifar, *pictures, min(steps, 20)),
         f"cifar10, several models, auto ({cnn_strategy})": cnn,
     }
     figures = measure(workloads, device)
-    loader, memory, ours, grouped, cnn_memory, cnn_ours = (row["cpu" if device == "cpu" else "wall"] for row in figures.values())
+    loader, memory, ours, grouped, cnn_memory, cnn_ours = (
+        row["cpu" if device == "cpu" else "wall"] for row in figures.values()
+    )
     ratios = {
         "own batches / DataLoader (target 12)": ours / loader,
         "own batches / in memory (target 0.95)": ours / memory,
