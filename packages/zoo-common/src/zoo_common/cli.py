@@ -1,6 +1,119 @@
-"""Command line of zoo-common."""
+"""The ``zoo`` command."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from zoo_common.command import Commands, run_command
+
+DESCRIPTION = """Inspect, check and merge zoos: folders of training runs.
+
+Examples:
+  zoo inspect my-zoo                 what it holds, from the headers alone
+  zoo inspect my-zoo --json          the same for programs
+  zoo verify my-zoo                  read every byte; status 1 if anything is wrong
+  zoo merge all-runs part-1 part-2   bring zoos together, without copying on one disk
+"""
 
 
-def main() -> int:
-    """Run the command line."""
+@dataclass(frozen=True)
+class InspectConfig:
+    """Show what a zoo holds; reads headers and metrics only."""
+
+    zoo: Positional[Path]
+    """Folder of the zoo."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Check sums, structure and finite values of every shard."""
+
+    zoo: Positional[Path]
+    """Folder of the zoo."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Bring the shards of several zoos together in one; safe to repeat."""
+
+    target: Positional[Path]
+    """Folder of the zoo to add to; made if it does not exist."""
+    sources: Positional[tuple[Path, ...]]
+    """Folders of the zoos to take shards from; they stay as they are."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    commands: Commands = {
+        "inspect": (InspectConfig, inspect),
+        "verify": (VerifyConfig, verify),
+        "merge": (MergeConfig, merge),
+    }
+    return run_command("zoo", DESCRIPTION, commands, argv, package="zoo-common")
+
+
+def inspect(config: InspectConfig) -> None:
+    """Print the summary of a zoo."""
+    import numpy as np
+
+    from zoo_common.zoo import SPLITS, Zoo
+
+    zoo = Zoo.open(config.zoo)
+    metrics = {}
+    for name, column in zoo.metrics.items():
+        finite = column.padded()[np.isfinite(column.padded())]
+        metrics[name] = [finite.min().item(), finite.max().item()] if finite.size else None
+    summary: dict[str, Any] = {
+        "task": zoo.task,
+        "creator": zoo.creator,
+        "layout": zoo.layout.id,
+        "parameters": zoo.layout.size,
+        "tensors": len(zoo.layout.tensors),
+        "other_layouts": list(zoo.layout_ids[1:]),
+        "shards": len(zoo.shards),
+        "runs": len(zoo),
+        "checkpoints": sum(run.checkpoints for run in zoo.runs),
+        "splits": {split: len(zoo.split(split)) for split in SPLITS},
+        "metrics": metrics,
+        "bytes": sum(shard.file.path.stat().st_size for shard in zoo.shards.values()),
+        "attributes": zoo.attributes,
+    }
+    _show(summary, config.json)
+
+
+def verify(config: VerifyConfig) -> int:
+    """Print the report on a zoo; status 1 if there are problems."""
+    from zoo_common.verify import verify_zoo
+
+    report = verify_zoo(config.zoo)
+    _show({**asdict(report), "problems": list(report.problems)}, config.json)
+    if report.problems:
+        raise ValueError(f"{config.zoo}: {len(report.problems)} problem(s), the first: {report.problems[0]}")
     return 0
+
+
+def merge(config: MergeConfig) -> None:
+    """Merge zoos and print what was done."""
+    from zoo_common.merge import merge_zoos
+
+    _show(asdict(merge_zoos(config.target, config.sources)), config.json)
+
+
+def _show(summary: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(summary))
+        return
+    width = max(map(len, summary))
+    for name, value in summary.items():
+        shown = json.dumps(value) if isinstance(value, dict | list) else value
+        print(f"{name.replace('_', ' '):{width}}  {shown}")

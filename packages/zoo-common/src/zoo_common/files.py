@@ -109,7 +109,10 @@ def write_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], me
     entries = {name: json.dumps(value) for name, value in metadata.items()}
     entries |= {"format": kind, "tensors": json.dumps(table)}
     with atomic_write(path) as temporary:
-        save_file(payload, temporary, entries | {"sha256": _digest(entries)})
+        try:
+            save_file(payload, temporary, entries | {"sha256": _digest(entries)})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
 
 
 class TensorFile:

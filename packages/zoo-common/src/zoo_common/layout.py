@@ -184,7 +184,7 @@ class ParameterLayout:
         own = vector.dtype == self.dtype
         parts = vector.split(self.sizes, dim=-1)
         state = {
-            spec.name: part.reshape(*vector.shape[:-1], *spec.shape).to(spec.dtype if own else part.dtype)
+            spec.name: part.reshape(vector.shape[:-1] + spec.shape).to(spec.dtype if own else part.dtype)
             for spec, part in zip(self.tensors, parts, strict=True)
         }
         state |= {alias: state[name] for alias, name in self.aliases}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo_common.layout import ParameterLayout
+from zoo_common.shard import check_name
 from zoo_common.zoo import Run, Zoo
 
 
@@ -51,7 +52,8 @@ class ZooRecorder:
             zoo = Zoo.open(zoo) if there else Zoo.create(zoo, layout=layout, exist_ok=True)
         if zoo.layout != layout:
             raise ValueError(f"the module's layout {layout.id} is not that of the zoo in {zoo.path} ({zoo.layout.id})")
-        self.run_id = run_id or uuid.uuid4().hex
+        self.run_id = uuid.uuid4().hex if run_id is None else run_id
+        check_name(self.run_id, "run id")
         if self.run_id in zoo:
             raise ValueError(f"run {self.run_id!r} is in {zoo.path} already: choose another id")
         self.zoo = zoo
@@ -63,12 +65,16 @@ class ZooRecorder:
         self._metrics: list[dict[str, float]] = []
 
     def record(self, step: int, **metrics: float | Tensor) -> None:
-        """Keep the weights as they are now, with the optimizer step and any metrics."""
+        """Keep the weights as they are now, with the optimizer step (rising from call to call) and any metrics."""
+        if self._steps and step <= self._steps[-1]:
+            raise ValueError(f"run {self.run_id!r}: step {step} comes after step {self._steps[-1]}, steps must rise")
         state = self._module.state_dict()
         self._vectors.append(self.zoo.layout.flatten(state).cpu())
         self._buffers.append({name: t.cpu().clone() for name, t in self.zoo.layout.buffers_of(state).items()})
         self._steps.append(int(step))
-        self._metrics.append({name: float(value) for name, value in metrics.items()})
+        self._metrics.append(
+            {name: value.item() if isinstance(value, Tensor) else float(value) for name, value in metrics.items()}
+        )
 
     def close(self) -> None:
         """Write the run; a metric that was not given at a step is NaN there."""

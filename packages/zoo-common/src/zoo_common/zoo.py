@@ -100,7 +100,7 @@ class _Index:
 
     def rows(self, runs: Indices, checkpoints: Indices) -> np.ndarray:
         """Rows of (run, checkpoint) pairs, both (B,) or broadcastable; checkpoints may be negative."""
-        run, checkpoint = np.broadcast_arrays(np.asarray(runs), np.asarray(checkpoints))
+        run, checkpoint = np.broadcast_arrays(np.asarray(runs, np.int64), np.asarray(checkpoints, np.int64))
         if run.size and not (-len(self.runs) <= run.min() and run.max() < len(self.runs)):
             raise IndexError(f"runs {run.min()} to {run.max()} are out of range: the zoo has {len(self.runs)} runs")
         lengths = self.lengths[run]
@@ -223,7 +223,8 @@ class Zoo:
         self.dtype: torch.dtype = _DTYPES[document["dtype"]]
         self.attributes: dict[str, Any] = document["attributes"]
         self._document = document
-        self._shards: dict[str, Shard] = {}
+        self.shards: dict[str, Shard] = {}
+        """All shards by name, those of other layouts too."""
         self._owners: dict[str, str] = {}
         self.refresh()
 
@@ -314,15 +315,10 @@ class Zoo:
         found = [path.stem for path in visible_files(self.path / "layouts", ".json")]
         return (default, *(name for name in found if name != default))
 
-    @property
-    def shard_names(self) -> tuple[str, ...]:
-        """Names of all shards, in order."""
-        return tuple(sorted(self._shards))
-
     def refresh(self) -> None:
         """Take in the shards that were written since the zoo was opened, by whomever."""
         for path in visible_files(self.path / "shards", ".safetensors"):
-            if path.stem not in self._shards:
+            if path.stem not in self.shards:
                 self._take(Shard(path))
 
     def append(self, runs: Sequence[Run], name: str | None = None) -> str:
@@ -344,8 +340,8 @@ class Zoo:
         name = name or f"{time.time_ns():020d}-{uuid.uuid4().hex[:12]}"
         check_name(name, "shard name")
         self.refresh()
-        if name in self._shards:
-            there = self._shards[name]
+        if name in self.shards:
+            there = self.shards[name]
             if there.run_ids == [run.id for run in runs] and there.configs == [_plain(run.config) for run in runs]:
                 return name
             raise ValueError(f"shard {name!r} is in {self.path} with other runs: choose another name")
@@ -357,7 +353,7 @@ class Zoo:
 
     def _take(self, shard: Shard) -> None:
         self._check_new(shard.run_ids, shard.name)
-        self._shards[shard.name] = shard
+        self.shards[shard.name] = shard
         self._owners |= dict.fromkeys(shard.run_ids, shard.name)
         for cached in ("_index", "metrics", "params", "steps"):
             self.__dict__.pop(cached, None)
@@ -375,7 +371,7 @@ class Zoo:
 
     @cached_property
     def _index(self) -> _Index:
-        own = [self._shards[name] for name in self.shard_names if self._shards[name].layout_id == self.layout.id]
+        own = [shard for _, shard in sorted(self.shards.items()) if shard.layout_id == self.layout.id]
         return _Index(own, self.fractions)
 
     @property

@@ -1,0 +1,38 @@
+import pytest
+import torch
+from torch import nn
+from zoo_common import ParameterLayout, Run, Zoo
+
+
+@pytest.fixture
+def layout():
+    """Three tensors and a counter beside them, 12 parameters."""
+    return ParameterLayout.from_module(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(1), nn.Identity()))
+
+
+@pytest.fixture
+def make_run(layout):
+    """Random runs: ``make_run(id, checkpoints)``; the values follow from the id."""
+
+    def make(run_id, checkpoints=3, **changes):
+        generator = torch.Generator().manual_seed(sum(run_id.encode()))
+        values = {
+            "params": torch.randn(checkpoints, layout.size, generator=generator),
+            "steps": [2**i for i in range(checkpoints)],
+            "metrics": {"val_loss": torch.rand(checkpoints, generator=generator), "error": list(range(checkpoints))},
+            "config": {"seed": len(run_id)},
+            "buffers": {"1.num_batches_tracked": torch.arange(checkpoints)},
+        }
+        return Run(run_id, **{**values, **changes})
+
+    return make
+
+
+@pytest.fixture
+def zoo(tmp_path, layout, make_run):
+    """Four runs of 3, 1, 5 and 3 checkpoints in three shards."""
+    zoo = Zoo.create(tmp_path / "zoo", layout=layout, task="digits_loss", attributes={"classes": 10})
+    zoo.append([make_run("a", 3), make_run("b", 1)], name="0")
+    zoo.append([make_run("c", 5)], name="1")
+    zoo.append([make_run("d", 3)], name="2")
+    return zoo
