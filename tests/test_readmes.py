@@ -21,7 +21,7 @@ def test_code_of_readme_runs(readme, tmp_path, monkeypatch, capsys):
         language, code = block.groups()
         line = text.count("\n", 0, block.start()) + 1
         if language == "python":
-            exec(compile("\n" * line + code, str(readme), "exec"), names)
+            exec(compile("\n" * line + code, str(readme), "exec"), names)  # noqa: S102
         else:
             run_console(code, f"{readme}:{line}")
 

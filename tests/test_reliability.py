@@ -44,9 +44,9 @@ def test_killed_once_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, p
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("program", [RECORD, TRAIN, TRAIN_ADAMW], ids=" ".join)
-@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("seed", range(1, 3))
 def test_killed_often_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, program, seed):
-    check(program, uninterrupted(program), tmp_path, seed=seed, kills=8)
+    check(program, uninterrupted(program), tmp_path, seed=seed, kills=6)
 
 
 def test_a_damaged_zoo_is_one_clear_line(uninterrupted, tmp_path):

@@ -42,12 +42,12 @@ TOLERANCES: dict[str, tuple[float, float]] = {
 
 def fill(name: str, shape: tuple[int, ...] | list[int], scale: float = 1.0) -> torch.Tensor:
     """The recipe of the golden inputs: float32 normal numbers seeded by the CRC-32 of a name."""
-    random = np.random.RandomState(zlib.crc32(name.encode()))  # noqa: NPY002 (the recipe is defined by this generator)
+    random = np.random.RandomState(zlib.crc32(name.encode()))
     values = random.standard_normal(int(np.prod(shape))) * scale
     return torch.from_numpy(values.reshape(tuple(shape)).astype(np.float32))
 
 
-def assert_close(actual: Any, expected: Any, tolerance: str = "float32", what: str = "") -> None:  # noqa: ANN401
+def assert_close(actual: Any, expected: Any, tolerance: str = "float32", what: str = "") -> None:
     """Raise unless |actual - expected| <= atol + rtol * max|expected|, with the row of the table named."""
     a = np.asarray(actual.detach().cpu() if isinstance(actual, torch.Tensor) else actual, dtype=np.float64)
     b = np.asarray(expected.detach().cpu() if isinstance(expected, torch.Tensor) else expected, dtype=np.float64)
@@ -156,7 +156,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _ran[f"{package}/{file}"] += 1
 
 
-def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:  # noqa: ANN401
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     """Print the number of golden cases per file."""
     if _ran:
         terminalreporter.section("golden cases")

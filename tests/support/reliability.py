@@ -139,14 +139,13 @@ def flip_bit(path: Path, seed: int = 0) -> None:
 
 
 def flip_every_bit(path: Path) -> Iterator[int]:
-    """Flip the bits of a file one after the other; each is flipped back before the next, and at the end."""
-    content = path.read_bytes()
-    for position in range(8 * len(content)):
-        damaged = bytearray(content)
-        damaged[position // 8] ^= 1 << (position % 8)
-        path.write_bytes(damaged)
-        yield position
-    path.write_bytes(content)
+    """Flip the bits of a file one after the other; each is flipped back before the next."""
+    with path.open("rb+", buffering=0) as file:
+        for position in range(8 * path.stat().st_size):
+            byte = os.pread(file.fileno(), 1, position // 8)
+            os.pwrite(file.fileno(), bytes([byte[0] ^ 1 << position % 8]), position // 8)
+            yield position
+            os.pwrite(file.fileno(), byte, position // 8)
 
 
 def assert_one_error_line(result: subprocess.CompletedProcess[str], *parts: str, status: int = 1) -> None:

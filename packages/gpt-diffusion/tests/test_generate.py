@@ -1,3 +1,4 @@
+import itertools
 import os
 import signal
 import subprocess
@@ -16,7 +17,6 @@ from zoo_common.datasets import Part, Splits
 from zoo_common.layout import ParameterLayout
 from zoo_common.tasks import Cnn, Mlp, Task, TrainingRecipe, classification_loss
 from zoo_common.zoo import Zoo
-import itertools
 
 
 def deep():

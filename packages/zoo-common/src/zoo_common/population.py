@@ -149,10 +149,14 @@ class Population:
         for nets in torch.arange(len(vectors), device=vectors.device).split(many):
             for x, y in zip(images.split(several), labels.split(several), strict=True):
                 logits = self(vectors[nets], x.to(vectors.dtype)).transpose(1, 2)  # (n, c, b)
-                target = y.expand(len(nets), 1, len(y))
-                chosen = logits.gather(1, target)[:, 0]
-                loss[nets] += (logits.logsumexp(1) - chosen).sum(1, dtype=torch.float64)
-                wrong[nets] += (logits.argmax(1) != y).sum(1)
+                chosen = logits.gather(1, y.expand(len(nets), 1, len(y)))[:, 0]
+                best = logits.amax(1)
+                right = chosen == best
+                if (logits == best[:, None]).sum() != right.numel():  # ties: the first class counts (argmax is slow)
+                    right = logits.argmax(1) == y
+                normaliser = logits.sub(best[:, None]).exp_().sum(1).log_().add_(best)
+                loss[nets] += normaliser.sub_(chosen).sum(1, dtype=torch.float64)
+                wrong[nets] += (~right).sum(1)
         error = 100 * wrong / len(images)
         return Metrics(loss / len(images), error, 1 - error / 100)
 

@@ -22,7 +22,8 @@ def derive_seed(seed: int, purpose: str, index: int) -> int:
 class Batches:
     """Batches of several independent data orders, forever: each epoch is a fresh permutation, its rest is dropped.
 
-    What an order yields depends on its seed alone, not on the orders beside it.
+    What an order yields depends on its seed (and the kind of device, whose generator draws it) alone, not on the orders
+    beside it.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, seeds: Sequence[int], *, batch: int, augmentation: str) -> None:
@@ -38,7 +39,7 @@ class Batches:
         self.images, self.labels, self.batch = images, labels, batch
         self._flat = images.flatten(1)
         self._augment = augmentation == "flip_crop"
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._generators = [torch.Generator(images.device).manual_seed(seed) for seed in seeds]
         self._buffer = torch.empty(len(seeds) * batch, self._flat.shape[1], dtype=images.dtype, device=images.device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -47,8 +48,8 @@ class Batches:
         per_epoch = n // b
         shape = (k, b, *self.images.shape[1:])
         while True:
-            order = torch.stack([torch.randperm(n, generator=g)[: per_epoch * b] for g in self._generators])
-            order = order.to(self.images.device)
+            drawn = (torch.randperm(n, generator=g, device=g.device)[: per_epoch * b] for g in self._generators)
+            order = torch.stack(list(drawn))
             labels = self.labels[order]
             draws = self._draw(per_epoch * b) if self._augment else None
             for span in (slice(i * b, (i + 1) * b) for i in range(per_epoch)):
@@ -60,9 +61,10 @@ class Batches:
 
     def _draw(self, count: int) -> Tensor:
         """Random numbers of an epoch's augmentation: (k, count, 3) of flip (0, 1) and two offsets."""
-        high = torch.tensor([2, CROP_OFFSETS, CROP_OFFSETS])
-        draws = [torch.randint(2**30, (count, 3), generator=g) % high for g in self._generators]
-        return torch.stack(draws).to(self.images.device)
+        high = torch.tensor([2, CROP_OFFSETS, CROP_OFFSETS], device=self.images.device)
+        return torch.stack(
+            [torch.randint(2**30, (count, 3), generator=g, device=g.device) % high for g in self._generators]
+        )
 
 
 def flip_crop(images: Tensor, draws: Tensor) -> Tensor:
