@@ -146,7 +146,7 @@ def test_bad_files_are_named_and_nothing_is_written(capsys, trained, tmp_path):
     truncate(start)
     assert "not a readable safetensors file" in refused(trained, "--start", start)
     assert "absent" in refused(tmp_path / "absent")
-    assert "NaN or infinite" in refused(trained, "--start-metric", "nan")
+    assert "--start-metric must be a finite number, got nan" in refused(trained, "--start-metric", "nan")
     assert "is not a" in refused(start_of_a_checkpoint(tmp_path, state))
 
 

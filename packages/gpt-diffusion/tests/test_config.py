@@ -46,7 +46,9 @@ def test_bad_settings_are_named(overrides, message):
 
 
 def test_unknown_configurations_and_broken_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="'digits_los' is neither a file nor built in; did you mean 'digits_loss'"):
+    with pytest.raises(
+        FileNotFoundError, match="'digits_los' is neither a file nor built in; did you mean 'digits_loss'"
+    ):
         load_config("digits_los")
     (tmp_path / "bad.yaml").write_text("train: [unclosed")
     with pytest.raises(ValueError, match=r"bad\.yaml: not a YAML file"):

@@ -23,6 +23,52 @@ Examples:
 
 
 @dataclass(frozen=True)
+class GenerateCommand:
+    """Train thousands of task networks at once and keep their checkpoints: a zoo.
+
+    Every run has its own initialisation and data order. The same command on the same folder goes on where it was
+    stopped or killed.
+    """
+
+    task: Positional[str]
+    """What to train: digits, mnist, fashion-mnist or cifar10."""
+    directory: Positional[Path]
+    """Folder of the zoo."""
+    runs: int = 2240
+    """Networks to train."""
+    seed: int = 0
+    """Seed of all initialisations and data orders."""
+    share_batches: int = 1
+    """Let groups of this many runs share one data order: faster, recorded with each run."""
+    save_points: Literal["geometric", "even", "random"] | None = None
+    """When checkpoints are kept; default: the task's. random: other steps for each run, as published."""
+    save_count: int | None = None
+    """Checkpoints per run; default: the task's."""
+    steps: int | None = None
+    """Optimizer steps per run; default: the task's."""
+    strategy: Literal["auto", "loop", "vmap", "stacked"] = "auto"
+    """How runs are computed together; auto measures each for a moment. Does not change the result beyond rounding."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the training; the zoo stores float32."""
+    split: tuple[float, float, float] = (0.9, 0.05, 0.05)
+    """Fractions of training, validation and test runs; a hash of its id decides for each run."""
+    chunk: int | None = None
+    """Runs per file; default: as many as make 128 MiB."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    data_dir: Path | None = None
+    """Folder with the data files of the task."""
+    download: bool = False
+    """Let torchvision fetch missing data into --data-dir."""
+    limit_seconds: float | None = None
+    """Stop before a file that would probably be finished later than this."""
+    dry_run: bool = False
+    """Measure for a moment and print a forecast of time and disk; writes nothing."""
+    json: bool = False
+    """Print one JSON object and no progress bar."""
+
+
+@dataclass(frozen=True)
 class TrainCommand:
     """Train a model on a zoo; writes the model, its settings, a log and a state to resume from.
 
@@ -105,6 +151,7 @@ class EvalCommand:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     commands: dict[str, tuple[type, Callable[[Any], int | None]]] = {
+        "generate": (GenerateCommand, _later("generate")),
         "train": (TrainCommand, _later("train")),
         "sample": (SampleCommand, _later("sample")),
         "eval": (EvalCommand, _later("evaluate")),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,13 +20,25 @@ from zoo_common.files import write_json
 from zoo_common.tasks import Task, get_task
 from zoo_common.zoo import Zoo
 
-from gpt_diffusion import training
-from gpt_diffusion.cli import EvalCommand, SampleCommand, TrainCommand
+from gpt_diffusion import generation, training
+from gpt_diffusion.cli import EvalCommand, GenerateCommand, SampleCommand, TrainCommand
 from gpt_diffusion.config import Config, config_to_yaml, load_config
 from gpt_diffusion.device import choose_device
 from gpt_diffusion.evaluation import as_sampler, batched_metric
 from gpt_diffusion.evaluation import evaluate as prompt_and_judge
 from gpt_diffusion.pretrained import Pretrained, load_pretrained
+
+
+def generate(command: GenerateCommand) -> int:
+    """Generate a zoo; 130 if Ctrl-C stopped it."""
+    options = dataclasses.asdict(command)
+    as_json = options.pop("json")
+    report = generation.generate(options.pop("task"), progress=not as_json, **options)
+    _show(dataclasses.asdict(report), as_json)
+    stopped = getattr(report, "stopped", None)
+    if stopped:
+        print(f"stopped ({stopped}); the same command goes on from here", file=sys.stderr)
+    return 130 if stopped == "interrupted" else 0
 
 
 def train(command: TrainCommand) -> int:
@@ -60,6 +73,9 @@ def sample(command: SampleCommand) -> None:
         raise ValueError(f"--num ({command.num}) and --recursive ({command.recursive}) must be at least 1")
     if command.start is not None and command.num > 1:
         raise ValueError("--num is for random initialisations; with --start there is one network")
+    for option, value in (("--prompt", command.prompt), ("--start-metric", command.start_metric)):
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{option} must be a finite number, got {value}")
     if not command.out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {command.out}: the folder {command.out.absolute().parent} does not exist")
     pretrained, task = _open(command.model, command.device, command.data_dir)
@@ -137,6 +153,8 @@ def _starts(command: SampleCommand, pretrained: Pretrained, task: Task) -> Tenso
             raise ValueError(f"--start {command.start}: not a readable safetensors file ({error})") from None
         except ValueError as error:
             raise ValueError(f"--start {command.start}: {error}") from None
+        if not starts.isfinite().all():
+            raise ValueError(f"--start {command.start} holds NaN or infinite weights; nothing can be sampled from it")
     return starts.to(pretrained.device, torch.float32)
 
 
