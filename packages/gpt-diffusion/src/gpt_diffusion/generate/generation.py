@@ -306,7 +306,7 @@ def _data_name(task: Task) -> str:
 def _generate(plan: _Plan, zoo: Zoo, strategy: str, limit: float | None, progress: bool) -> Generated:
     options, start = plan.options, time.monotonic()
     chunks = [range(i, min(i + options.chunk, options.runs)) for i in range(0, options.runs, options.chunk)]
-    waiting = [runs for runs in chunks if _shard_name(runs) not in zoo.shard_names]
+    waiting = [runs for runs in chunks if _shard_name(runs) not in zoo.shards]
     finished = options.runs - sum(map(len, waiting))
     dropped, trained, stopped, longest = finished - len(zoo), 0, None, 0.0
     with tqdm(
