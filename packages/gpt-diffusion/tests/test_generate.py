@@ -361,7 +361,7 @@ def test_killed_generation_resumes_to_the_same_zoo(tmp_path):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert Zoo.open(tmp_path / "killed").shard_names
+    assert Zoo.open(tmp_path / "killed").shards
     subprocess.run(command(tmp_path / "killed"), check=True, env=environment)
     for a, b in zip(contents(tmp_path / "whole"), contents(tmp_path / "killed"), strict=True):
         assert a == b if isinstance(a, list) else torch.equal(a, b)
