@@ -131,7 +131,7 @@ def generate(
     device: str = "auto",
     dtype: str = "float32",
     chunk: int | None = None,
-    split: Sequence[float] = (0.8, 0.1, 0.1),
+    split: Sequence[float] = (0.9, 0.05, 0.05),
     data_dir: str | Path | None = None,
     download: bool = False,
     limit_seconds: float | None = None,
