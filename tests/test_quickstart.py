@@ -25,7 +25,8 @@ def test_the_quick_start_reports_what_it_promises(tmp_path):
     found = figures(tmp_path)
     fractions = ["random_accuracy", "one_step_accuracy", "recursive_accuracy", "sgd_accuracy", "line_to_mean_accuracy"]
     assert all(0 <= found[name] <= 1 for name in [*fractions, "own_endpoint_rate"])
-    assert found["random_accuracy"] < 0.3 < 0.9 < found["sgd_accuracy"]
+    assert found["random_accuracy"] < 0.3
+    assert found["sgd_accuracy"] > 0.9
     assert found["one_step_accuracy"] > found["random_accuracy"]
     assert found["prompt_alignment"] <= 1
     assert math.isfinite(found["shuffled_prompt_alignment"])

@@ -141,12 +141,12 @@ def test_balance_is_canonical_and_keeps_the_function(case):
         outputs(symmetry, net, balanced, x), outputs(symmetry, net, vectors, x), rtol=1e-9, atol=1e-9
     )
     scaled = vectors.clone()
-    for group, unit_group in zip(symmetry.groups, symmetry.units().groups, strict=True):
-        if group.homogeneous:
-            factor = torch.rand(group.size, 1, dtype=torch.float64) + 0.5
-            for s in unit_group.segments:
-                columns = unit_group.index[:, s.start : s.stop]
-                scaled[:, columns] *= 1 / factor if s.kind == "out" else factor
+    views = symmetry.layout.unflatten(scaled)
+    for group in symmetry.groups:
+        factor = torch.rand(group.size, dtype=torch.float64) + 0.5
+        for tensor, axis, block in group.entries if group.homogeneous else ():
+            units = factor.repeat_interleave(block)
+            views[tensor].movedim(axis + 1, -1).mul_(1 / units if axis else units)
     torch.testing.assert_close(symmetry.balance(scaled), balanced, rtol=1e-9, atol=1e-9)
     assert (balanced.norm(dim=1) <= vectors.norm(dim=1) + 1e-12).all()
 
@@ -155,28 +155,6 @@ def test_balance_leaves_dead_units_alone():
     symmetry = Symmetry.from_module(Mlp(3, 2, 2), torch.randn(2, 3))
     vector = torch.zeros(1, symmetry.layout.size)
     assert torch.equal(symmetry.balance(vector), vector)
-
-
-def test_units_follow_their_permutation(case):
-    _, symmetry, _ = case
-    vectors = weights(symmetry, 1)
-    for g, group in enumerate(symmetry.units().groups):
-        permutations = [torch.arange(other.size)[None] for other in symmetry.groups]
-        p = torch.randperm(symmetry.groups[g].size, generator=torch.Generator().manual_seed(4))
-        permutations[g] = p[None]
-        permuted = symmetry.apply(vectors, permutations)
-        assert torch.equal(permuted[0, group.index], vectors[0, group.index][p])
-
-
-def test_owned_columns_and_the_rest_hold_every_coordinate_once(case):
-    _, symmetry, _ = case
-    units = symmetry.units()
-    owned = [g.index[:, s.start : s.stop].flatten() for g in units.groups for s in g.segments if s.owned]
-    everything = torch.cat([*owned, units.rest]).sort()[0]
-    assert torch.equal(everything, torch.arange(symmetry.layout.size))
-    for group in units.groups:
-        assert [s.start for s in group.segments[1:]] == [s.stop for s in group.segments[:-1]]
-        assert group.segments[-1].stop == group.index.shape[1]
 
 
 def test_parameters_without_use_belong_to_no_group():
@@ -189,7 +167,6 @@ def test_parameters_without_use_belong_to_no_group():
             return self.net(x)
 
     symmetry = Symmetry.from_module(WithExtra(), torch.randn(2, 6))
-    assert 0 in symmetry.units().rest
     vectors = weights(symmetry, 3)
     assert torch.equal(symmetry.permute(vectors)[:, 0], vectors[:, 0])
 

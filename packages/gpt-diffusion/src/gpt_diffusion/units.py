@@ -51,10 +51,9 @@ class UnitTokens:
         own: list[list[Tensor]] = [[] for _ in symmetry.groups]
         pairs: dict[tuple[int, int], list[Tensor]] = {}
         rest: list[Tensor] = []
-        offset = 0
         for spec in symmetry.layout.tensors:
-            index = torch.arange(symmetry.layout.size)[offset : offset + spec.size].reshape(spec.shape)
-            offset += spec.size
+            where = symmetry.layout.slices[spec.name]
+            index = torch.arange(where.start, where.stop).reshape(spec.shape)
             moved = sorted(axes.get(spec.name, []))
             for axis, _, block in reversed(moved):  # from the last axis, so that earlier axes keep their place
                 index = index.unflatten(axis, (index.shape[axis] // block, block))

@@ -110,6 +110,12 @@ class ParameterLayout:
         return tuple(spec.size for spec in self.tensors)
 
     @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Where each tensor stands in the vector."""
+        stops = accumulate(self.sizes)
+        return {name: slice(stop - size, stop) for name, size, stop in zip(self.names, self.sizes, stops, strict=True)}
+
+    @cached_property
     def dtype(self) -> torch.dtype:
         """Smallest dtype that holds every tensor of the vector exactly."""
         return reduce(torch.promote_types, (spec.dtype for spec in self.tensors))

@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call, vmap
 
 from zoo_common.layout import ParameterLayout
-from zoo_common.symmetry import layout_spans
 
 #: Memory that the largest intermediate values of a chunk of :meth:`Population.metrics` may take, in bytes.
 CHUNK_BYTES = 32 * 2**20
@@ -55,7 +54,7 @@ def dense_chain(module: nn.Module, layout: ParameterLayout) -> tuple[DenseLayer,
         traced = fx.symbolic_trace(module)
     except Exception:  # noqa: BLE001 (whatever the network's own code raises: it is computed the general way)
         return None
-    where = layout_spans(layout)
+    where = layout.slices
     modules = dict(traced.named_modules())
     layers: list[DenseLayer] = []
     previous: fx.Node | None = None

@@ -12,8 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,34 +44,6 @@ class Group:
     entries: tuple[Entry, ...]
     homogeneous: bool
     """Whether only positively homogeneous functions (ReLU, pooling ...) lie between its writers and readers."""
-
-
-class Segment(NamedTuple):
-    """Columns ``start:stop`` of a unit map, from one tensor."""
-
-    tensor: str
-    kind: Literal["in", "bias", "out"]
-    start: int
-    stop: int
-    owned: bool
-    """False for outgoing weights that are the incoming weights of another group's units."""
-
-
-@dataclass(frozen=True)
-class UnitGroup:
-    """The coordinates of each unit of one group: row i of ``index`` are those of unit i in the flat vector."""
-
-    name: str
-    index: Tensor  # (s, k) int64
-    segments: tuple[Segment, ...]
-
-
-@dataclass(frozen=True)
-class UnitMap:
-    """All units of a network. Owned columns of all groups and ``rest`` hold every coordinate exactly once."""
-
-    groups: tuple[UnitGroup, ...]
-    rest: Tensor  # (r,) int64, coordinates in no group, for example the bias of the last layer
 
 
 @dataclass(frozen=True)
@@ -170,13 +141,15 @@ class Symmetry:
         """
         self._check(vectors)
         vectors = vectors.clone()
-        groups = [group for group in self.units().groups if self._group(group.name).homogeneous]
-        incoming = {g.name: _columns(g, lambda s: s.kind != "out") for g in groups}
-        outgoing = {g.name: _columns(g, lambda s: s.kind == "out") for g in groups}
+        groups = []
+        for group in self.groups:
+            entering = [self._coordinates(entry).flatten(1) for entry in group.entries if entry.axis == 0]
+            leaving = [self._coordinates(entry).flatten(1) for entry in group.entries if entry.axis > 0]
+            if group.homogeneous and leaving:
+                groups.append((torch.cat(entering, 1).to(vectors.device), torch.cat(leaving, 1).to(vectors.device)))
         for _ in range(max_sweeps):
             change = 0.0
-            for group in groups:
-                into, out = incoming[group.name].to(vectors.device), outgoing[group.name].to(vectors.device)
+            for into, out in groups:
                 norm_in, norm_out = vectors[:, into].norm(dim=-1), vectors[:, out].norm(dim=-1)
                 alive = (norm_in > 0) & (norm_out > 0)
                 scale = torch.where(alive, (norm_out / norm_in).sqrt(), 1.0)[..., None]
@@ -187,37 +160,14 @@ class Symmetry:
                 break
         return vectors
 
-    def units(self) -> UnitMap:
-        """The coordinates of every hidden unit: incoming weights, bias and outgoing weights."""
-        taken = torch.zeros(self.layout.size, dtype=torch.bool)
-        written = {e.tensor for g in self.groups for e in g.entries if e.axis == 0}
-        groups = []
-        for group in self.groups:
-            blocks, segments, start = [], [], 0
-            for entry in group.entries:
-                block = self._coordinates(entry).flatten(1)  # (s, k)
-                vector = len(self._places[entry.tensor][1]) == 1
-                kind: Literal["in", "bias", "out"] = "out" if entry.axis else "bias" if vector else "in"
-                owned = entry.axis == 0 or entry.tensor not in written
-                segments.append(Segment(entry.tensor, kind, start, start + block.shape[1], owned))
-                start += block.shape[1]
-                blocks.append(block)
-                taken[block] = True
-            groups.append(UnitGroup(group.name, torch.cat(blocks, 1), tuple(segments)))
-        return UnitMap(tuple(groups), (~taken).nonzero()[:, 0])
-
     def _check(self, vectors: Tensor) -> None:
         if vectors.ndim != 2 or vectors.shape[1] != self.layout.size:
             raise ValueError(f"expected vectors (n, {self.layout.size}), got {tuple(vectors.shape)}")
 
-    def _group(self, name: str) -> Group:
-        return next(group for group in self.groups if group.name == name)
-
     @cached_property
     def _places(self) -> dict[str, tuple[slice, tuple[int, ...]]]:
         """Slice of the flat vector and shape of every tensor."""
-        spans = layout_spans(self.layout)
-        return {spec.name: (spans[spec.name], spec.shape) for spec in self.layout.tensors}
+        return {spec.name: (self.layout.slices[spec.name], spec.shape) for spec in self.layout.tensors}
 
     def _moves(self) -> dict[str, list[tuple[int, int, int]]]:
         """For each tensor the (group, axis, block) of its permuted axes."""
@@ -255,12 +205,6 @@ class Symmetry:
         return total
 
 
-def layout_spans(layout: ParameterLayout) -> dict[str, slice]:
-    """The slice of the flat vector that each tensor takes."""
-    stops = accumulate(layout.sizes)
-    return {name: slice(stop - size, stop) for name, size, stop in zip(layout.names, layout.sizes, stops, strict=True)}
-
-
 def _permute_axis(values: Tensor, shape: Sequence[int], axis: int, block: int, permutation: Tensor) -> Tensor:
     """Permute one axis of n stacked tensors, (n, prod(shape)) -> the same, with a permutation (n, s) for each."""
     n, size = permutation.shape
@@ -285,11 +229,6 @@ def _assign(similarity: Tensor) -> tuple[Tensor, Tensor]:
     rounding = 4 * size * torch.finfo(similarity.dtype).eps * scores.abs().amax((1, 2))
     gained = gain > rounding
     return torch.where(gained[:, None], permutation, torch.arange(size, device=similarity.device)), gained
-
-
-def _columns(group: UnitGroup, wanted: Any) -> Tensor:  # noqa: ANN401
-    """Columns of a unit map whose segments fulfil a condition: (s, k)."""
-    return torch.cat([group.index[:, s.start : s.stop] for s in group.segments if wanted(s)], 1)
 
 
 # Tracing
