@@ -6,9 +6,9 @@ A test names its file and where the cases stand in it::
     def test_splits_are_the_published_ones(golden): ...
 
 It runs once for each entry of that list or mapping (once in all without ``cases``), on
-``packages/<name>/tests/golden/`` or on the folder that the environment variable ``GOLDEN_DIR`` names. A file that is
-absent from ``GOLDEN_DIR`` gives no test. The summary prints the number of cases per file; a golden run without a single
-case fails.
+``packages/<name>/tests/golden/`` or on the folder that the environment variable ``GOLDEN_DIR`` names. The name may be a
+pattern (``transformer_forward_real_*.json``) for files of one format. A file that is absent from ``GOLDEN_DIR`` gives
+no test. The summary prints the number of cases per file; a golden run without a single case fails.
 """
 
 import json
@@ -127,11 +127,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("golden")
     if marker is None or "golden" not in metafunc.fixturenames:
         return
-    path = _folder(Path(metafunc.definition.path)) / marker.args[0]
-    if not path.exists() and not os.environ.get("GOLDEN_DIR"):
-        raise pytest.UsageError(f"golden file {path} is missing")
-    cases = list(_cases(path, marker.kwargs.get("cases"))) if path.exists() else []
-    ids = [f"{marker.args[0]}-{i}-{case.name}" for i, case in enumerate(cases)]
+    folder, pattern = _folder(Path(metafunc.definition.path)), marker.args[0]
+    paths = sorted(folder.glob(pattern))
+    if not paths and not os.environ.get("GOLDEN_DIR"):
+        raise pytest.UsageError(f"golden file {folder / pattern} is missing")
+    cases = [case for path in paths for case in _cases(path, marker.kwargs.get("cases"))]
+    ids = [f"{case.path.name}-{i}-{case.name}" for i, case in enumerate(cases)]
     metafunc.parametrize("golden", cases or [None], ids=ids or ["absent"])
 
 

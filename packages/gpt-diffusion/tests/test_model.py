@@ -152,7 +152,9 @@ def test_forward_is_the_published_one(golden, filled_model):
     assert_stats(output - inputs[-1], golden.case["output_minus_x_prev"], "gpt-diffusion/forward", "output - x_prev")
 
 
-def check_real(golden, filled_model):
+@pytest.mark.slow
+@pytest.mark.golden("transformer_forward_real_*.json")
+def test_forward_of_the_released_sizes_is_the_published_one(golden, filled_model):
     config = golden.case["config"]
     model = filled_model(config)
     assert sum(p.numel() for p in model.parameters()) == golden.case["n_model_parameters"]
@@ -162,18 +164,6 @@ def check_real(golden, filled_model):
     assert_stats(output - inputs[-1], golden.case["output_minus_x_prev"], "gpt-diffusion/forward", "output - x_prev")
     for key, stats in golden.case["intermediate"].items():
         assert_stats(seen[key], stats, "gpt-diffusion/forward", key)
-
-
-@pytest.mark.slow
-@pytest.mark.golden("transformer_forward_real_mnist.json")
-def test_forward_of_the_released_mnist_size_is_the_published_one(golden, filled_model):
-    check_real(golden, filled_model)
-
-
-@pytest.mark.slow
-@pytest.mark.golden("transformer_forward_real_cartpole.json")
-def test_forward_of_the_released_cartpole_size_is_the_published_one(golden, filled_model):
-    check_real(golden, filled_model)
 
 
 def plain_forward(state, sizes, policy, chunk, heads, absolute, x, t, target, prev, x_prev):
