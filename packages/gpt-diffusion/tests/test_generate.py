@@ -8,14 +8,14 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from gpt_diffusion.generation import Forecast, generate, generation
+from gpt_diffusion.generation import Forecast, generate, procedure, train_from
 from gpt_diffusion.generation.batches import Batches, derive_seed, flip_crop
 from gpt_diffusion.generation.schedule import random_save_points, save_points
 from gpt_diffusion.generation.trainers import TRAINERS, Job, initial_vectors, strategies_for
 from torch import nn
 from zoo_common.datasets import Part, Splits
 from zoo_common.layout import ParameterLayout
-from zoo_common.tasks import Cnn, Mlp, Task, TrainingRecipe, classification_loss
+from zoo_common.tasks import Cnn, Mlp, Task, TrainingRecipe, classification_loss, get_task
 from zoo_common.zoo import Zoo
 
 
@@ -45,7 +45,7 @@ def toy(constructor=lambda: Mlp(12, 6, 4), shape=(3, 2, 2), name="toy_loss", **r
     settings = {"batch": 8, "lr": 0.05, "steps": 30, "save_points": "geometric", "save_count": 5} | recipe
     return Task(
         name, constructor, lambda: tuple(splits.validation), classification_loss, True, 0.1, 0.1, "val_loss",
-        recipe=TrainingRecipe(**settings), splits=lambda: splits,
+        tuple(splits.train.images.shape[1:]), recipe=TrainingRecipe(**settings), splits=lambda: splits,
     )  # fmt: skip
 
 
@@ -204,9 +204,9 @@ def test_digits_are_learnt(tmp_path):
 
 
 def test_the_probe_is_recorded_and_not_repeated(tmp_path, monkeypatch):
-    monkeypatch.setattr(generation, "_probe", lambda plan, names: dict.fromkeys(names, 1.0) | {"vmap": 5.0})
+    monkeypatch.setattr(procedure, "_probe", lambda plan, names: dict.fromkeys(names, 1.0) | {"vmap": 5.0})
     assert generate(toy(), tmp_path / "zoo", runs=4, chunk=2, limit_seconds=0, progress=False).strategy == "vmap"
-    monkeypatch.setattr(generation, "_probe", None)
+    monkeypatch.setattr(procedure, "_probe", None)
     report = generate(toy(), tmp_path / "zoo", runs=4, chunk=2, progress=False)
     assert (report.strategy, report.runs) == ("vmap", 4)
 
@@ -227,7 +227,7 @@ def test_the_probe_measures_every_strategy(tmp_path):
 def test_an_interrupted_generation_is_continued_to_the_same_zoo(tmp_path, monkeypatch):
     options = {"runs": 5, "chunk": 2, "strategy": "stacked", "progress": False}
     generate(toy(), tmp_path / "whole", **options)
-    train, calls = generation._train_chunk, []
+    train, calls = procedure._train_chunk, []
 
     def interrupted(plan, strategy, runs, tick):
         calls.append(runs)
@@ -235,7 +235,7 @@ def test_an_interrupted_generation_is_continued_to_the_same_zoo(tmp_path, monkey
             raise KeyboardInterrupt
         return train(plan, strategy, runs, tick)
 
-    monkeypatch.setattr(generation, "_train_chunk", interrupted)
+    monkeypatch.setattr(procedure, "_train_chunk", interrupted)
     report = generate(toy(), tmp_path / "cut", **options)
     assert (report.stopped, report.runs, report.remaining) == ("interrupted", 2, 3)
     report = generate(toy(), tmp_path / "cut", **options)
@@ -365,3 +365,16 @@ def test_killed_generation_resumes_to_the_same_zoo(tmp_path):
     subprocess.run(command(tmp_path / "killed"), check=True, env=environment)
     for a, b in zip(contents(tmp_path / "whole"), contents(tmp_path / "killed"), strict=True):
         assert a == b if isinstance(a, list) else torch.equal(a, b)
+
+
+def test_given_starts_are_trained_as_generated_runs_are(tmp_path):
+    """Training the stored initialisations with the zoo's seed gives the stored ends; another seed, other ends."""
+    generate("digits", tmp_path / "zoo", runs=5, steps=30, save_count=3, strategy="stacked", progress=False, seed=4)
+    zoo, runs = Zoo.open(tmp_path / "zoo"), list(range(5))
+    starts, ends = zoo.params.gather(runs, [0] * 5), zoo.params.gather(runs, [-1] * 5)
+    task = get_task("digits")
+    torch.testing.assert_close(train_from(task, starts, seed=4, steps=30), ends, rtol=1e-5, atol=1e-5)
+    other = train_from(task, starts, seed=5, steps=30)
+    assert (other - ends).norm(dim=1).min() > 0.01
+    with pytest.raises(ValueError, match=r"starts: expected \(n, 760\), got \(5, 3\)"):
+        train_from(task, torch.zeros(5, 3), seed=0)
