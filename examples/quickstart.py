@@ -65,13 +65,7 @@ MODELS = [
     (
         "layers",
         "layer tokens, plain loss (published)",
-        [
-            "train.behaviour_weight=0",
-            "transformer.tokens=layers",
-            "transformer.split_policy=layer_by_layer",
-            "transformer.num_frequencies=64",
-            "train.base_lr=1e-3",
-        ],
+        ["train.behaviour_weight=0", "transformer.tokens=layers", "transformer.split_policy=layer_by_layer"],
     ),
 ]
 
