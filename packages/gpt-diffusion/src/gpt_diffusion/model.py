@@ -246,7 +246,13 @@ class GptModel(nn.Module):
         self.tokenizer = LayerTokenizer(groups, split_policy, chunk_size)
         self.parameter_names = names
         self.predict_xstart = predict_xstart
-        self.num_weights = sum(weights)
+        self.num_weights = d = sum(weights)
+        # tokens that hold something of x_t or emb(t); all others are constant over a sampling trajectory
+        stops = list(itertools.accumulate(self.tokenizer.lengths))
+        spans = list(zip([0, *stops], stops, strict=False))
+        varies = [a < d or (a < 2 * d + embedding.size and b > 2 * d) for a, b in spans]
+        self.varying_tokens = [k for k, yes in enumerate(varies) if yes]
+        self.constant_tokens = [k for k, yes in enumerate(varies) if not yes]
         self.decoder = TokenTransformer(
             self.tokenizer.lengths,
             LayerTokenizer((weights,), split_policy, chunk_size).lengths,
@@ -316,8 +322,7 @@ class GptModel(nn.Module):
         target, prev = loss_target.reshape(-1), loss_prev.reshape(-1)
         metrics = [target - prev, target, prev][: self.num_scalars - 1]
         constants = [x_prev, *(self.scalar_embedder(m) for m in metrics)]
-        varying = self._varying_tokens()
-        constant = [k for k in range(len(self.tokenizer.lengths)) if k not in varying]
+        varying, constant = self.varying_tokens, self.constant_tokens
         encode, decode = self.decoder.encoder(varying), self.decoder.decoder()
 
         def tokens(x: Tensor, time: Tensor) -> tuple[Tensor, ...]:
@@ -335,10 +340,3 @@ class GptModel(nn.Module):
             return decode(torch.stack([h[k] for k in range(len(h))], dim=1)) + x_prev
 
         return denoise
-
-    def _varying_tokens(self) -> list[int]:
-        """Indices of the tokens that hold something of x_t or emb(t); all others are constant over a trajectory."""
-        d, e = self.num_weights, self.scalar_embedder.size
-        stops = list(itertools.accumulate(self.tokenizer.lengths))
-        spans = zip([0, *stops], stops, strict=False)
-        return [k for k, (a, b) in enumerate(spans) if a < d or (a < 2 * d + e and b > 2 * d)]
