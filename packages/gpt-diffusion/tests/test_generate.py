@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from gpt_diffusion.generation import Forecast, generate, generation
+from gpt_diffusion.generation import Forecast, generate, procedure
 from gpt_diffusion.generation.batches import Batches, derive_seed, flip_crop
 from gpt_diffusion.generation.schedule import random_save_points, save_points
 from gpt_diffusion.generation.trainers import TRAINERS, Job, initial_vectors, strategies_for
@@ -44,7 +44,7 @@ def toy(constructor=lambda: Mlp(12, 6, 4), shape=(3, 2, 2), name="toy_loss", **r
     splits = Splits(part(shape, 50, 1), part(shape, 20, 2), part(shape, 30, 3))
     settings = {"batch": 8, "lr": 0.05, "steps": 30, "save_points": "geometric", "save_count": 5} | recipe
     return Task(
-        name, constructor, lambda: tuple(splits.validation), classification_loss, True, 0.1, 0.1, "val_loss",
+        name, constructor, lambda: tuple(splits.validation), classification_loss, True, 0.1, 0.1, "val_loss", shape,
         recipe=TrainingRecipe(**settings), splits=lambda: splits,
     )  # fmt: skip
 
@@ -204,9 +204,9 @@ def test_digits_are_learnt(tmp_path):
 
 
 def test_the_probe_is_recorded_and_not_repeated(tmp_path, monkeypatch):
-    monkeypatch.setattr(generation, "_probe", lambda plan, names: dict.fromkeys(names, 1.0) | {"vmap": 5.0})
+    monkeypatch.setattr(procedure, "_probe", lambda plan, names: dict.fromkeys(names, 1.0) | {"vmap": 5.0})
     assert generate(toy(), tmp_path / "zoo", runs=4, chunk=2, limit_seconds=0, progress=False).strategy == "vmap"
-    monkeypatch.setattr(generation, "_probe", None)
+    monkeypatch.setattr(procedure, "_probe", None)
     report = generate(toy(), tmp_path / "zoo", runs=4, chunk=2, progress=False)
     assert (report.strategy, report.runs) == ("vmap", 4)
 
@@ -227,7 +227,7 @@ def test_the_probe_measures_every_strategy(tmp_path):
 def test_an_interrupted_generation_is_continued_to_the_same_zoo(tmp_path, monkeypatch):
     options = {"runs": 5, "chunk": 2, "strategy": "stacked", "progress": False}
     generate(toy(), tmp_path / "whole", **options)
-    train, calls = generation._train_chunk, []
+    train, calls = procedure._train_chunk, []
 
     def interrupted(plan, strategy, runs, tick):
         calls.append(runs)
@@ -235,7 +235,7 @@ def test_an_interrupted_generation_is_continued_to_the_same_zoo(tmp_path, monkey
             raise KeyboardInterrupt
         return train(plan, strategy, runs, tick)
 
-    monkeypatch.setattr(generation, "_train_chunk", interrupted)
+    monkeypatch.setattr(procedure, "_train_chunk", interrupted)
     report = generate(toy(), tmp_path / "cut", **options)
     assert (report.stopped, report.runs, report.remaining) == ("interrupted", 2, 3)
     report = generate(toy(), tmp_path / "cut", **options)
