@@ -301,7 +301,7 @@ def test_bad_options_are_named_and_nothing_is_left(task, options, match, tmp_pat
 
 def test_cuda_without_cuda_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="device 'cuda' is not available here"):
+    with pytest.raises(ValueError, match="device 'cuda': no CUDA device is available here"):
         generate(toy(), tmp_path / "zoo", runs=1, device="cuda")
 
 
