@@ -1,55 +1,128 @@
 """Commands that are killed at any moment and resumed end with the files of an uninterrupted run."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
-from support.reliability import assert_one_error_line, assert_same_files, run, run_killed, truncate
+from support.reliability import (
+    assert_one_error_line,
+    assert_same_files,
+    interpreted,
+    run,
+    run_killed,
+    run_signalled,
+    truncate,
+)
 
 PROGRAMS = Path(__file__).parent / "programs"
 
+RECORD, TRAIN, TRAIN_ADAMW = (
+    "record_zoo.py {folder}",
+    "train_resumably.py {folder}",
+    "train_resumably.py {folder} adamw",
+)
+GENERATE = (
+    "gpt-diffusion generate digits {folder} --runs 24 --chunk 1 --steps 30 --save-count 5 --strategy stacked "
+    "--split 0.7 0.15 0.15 --device cpu"
+)
+DENOISE = "train_denoiser.py {folder} {zoo}"
+STATE = ("state.safetensors",)  # holds Python's global random state, which the command does not use
 
-RECORD, TRAIN, TRAIN_ADAMW = ("record_zoo.py",), ("train_resumably.py",), ("train_resumably.py", "adamw")
+
+class Workshop:
+    """Runs programs, each of them once without any trouble."""
+
+    def __init__(self, new_folder):
+        self.new_folder, self.made = new_folder, {}
+
+    def command(self, program, folder):
+        """The words of a program that writes to a folder."""
+        paths = {"folder": folder}
+        if "{zoo}" in program:
+            paths["zoo"] = self.whole(GENERATE)
+        first, *rest = program.split()
+        return [PROGRAMS / first if first.endswith(".py") else first, *(word.format(**paths) for word in rest)]
+
+    def whole(self, program):
+        """Folder of a program's output when nothing goes wrong."""
+        if program not in self.made:
+            self.made[program] = self.new_folder()
+            result = run(self.command(program, self.made[program]))
+            assert result.returncode == 0, result.stderr
+        return self.made[program]
+
+    def finish(self, program, folder):
+        """Run a program to its end; the result must be that of the uninterrupted one."""
+        result = run(self.command(program, folder))
+        assert result.returncode == 0, result.stderr
+        assert_same_files(folder, self.whole(program), except_for=STATE)
+
+    def kill(self, program, folder, seed, kills):
+        """Kill a program at random moments, resume and compare."""
+        assert run_killed(self.command(program, folder), watch=folder, seed=seed, kills=kills) > 0
+        assert_same_files(folder, self.whole(program), except_for=STATE)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """Folder of each program's output when nothing goes wrong."""
-    made = {}
-
-    def folder(program):
-        if program not in made:
-            made[program] = tmp_path_factory.mktemp("whole")
-            result = run(command(program, made[program]))
-            assert result.returncode == 0, result.stderr
-        return made[program]
-
-    return folder
+def workshop(tmp_path_factory):
+    return Workshop(lambda: tmp_path_factory.mktemp("whole"))
 
 
-def command(program, folder):
-    name, *options = program
-    return [PROGRAMS / name, folder, *options]
+def name_of(value):
+    return " ".join(word for word in str(value).split()[:2] if "{" not in word)
 
 
-def check(program, whole, folder, seed, kills):
-    assert run_killed(command(program, folder), watch=folder, seed=seed, kills=kills) > 0
-    assert_same_files(folder, whole)
-
-
-@pytest.mark.parametrize("program", [RECORD, TRAIN], ids=" ".join)
-def test_killed_once_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, program):
-    check(program, uninterrupted(program), tmp_path, seed=0, kills=1)
+@pytest.mark.parametrize("program", [RECORD, TRAIN, GENERATE, DENOISE], ids=name_of)
+def test_killed_once_and_resumed_equals_uninterrupted(workshop, tmp_path, program):
+    workshop.kill(program, tmp_path, seed=0, kills=1)
 
 
 @pytest.mark.reliability
-@pytest.mark.parametrize("program", [RECORD, TRAIN, TRAIN_ADAMW], ids=" ".join)
+@pytest.mark.parametrize("program", [RECORD, TRAIN, TRAIN_ADAMW, GENERATE, DENOISE], ids=name_of)
 @pytest.mark.parametrize("seed", range(1, 3))
-def test_killed_often_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, program, seed):
-    check(program, uninterrupted(program), tmp_path, seed=seed, kills=6)
+def test_killed_often_and_resumed_equals_uninterrupted(workshop, tmp_path, program, seed):
+    workshop.kill(program, tmp_path, seed=seed, kills=6)
 
 
-def test_a_damaged_zoo_is_one_clear_line(uninterrupted, tmp_path):
-    shutil.copytree(uninterrupted(RECORD), tmp_path / "zoo")
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [(GENERATE, "stopped (interrupted); the same command goes on"), (DENOISE, "go on with --resume")],
+    ids=name_of,
+)
+def test_ctrl_c_is_one_line_and_what_was_done_is_kept(workshop, tmp_path, program, message):
+    stopped = run_signalled(workshop.command(program, tmp_path), signal.SIGINT, watch=tmp_path, changes=8)
+    assert_one_error_line(stopped, message, status=130)
+    kept = {path: path.read_bytes() for pattern in ("shards/*", "**/*.jsonl") for path in tmp_path.glob(pattern)}
+    assert kept
+    workshop.finish(program, tmp_path)
+    assert all(path.read_bytes().startswith(content) for path, content in kept.items())
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(
+    ("program", "limit", "name"),
+    [(GENERATE, 10_000, "runs-0000000.safetensors"), (DENOISE, 60_000, "state.safetensors"), (DENOISE, 700, "config")],
+    ids=["generate", "train", "train, nothing fits"],
+)
+def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(workshop, tmp_path, program, limit, name):
+    result = run([PROGRAMS / "restricted.py", str(limit), *interpreted(workshop.command(program, tmp_path))])
+    assert_one_error_line(result, "File too large", name)
+    assert not list(tmp_path.rglob(f"*{name}*"))
+    workshop.finish(program, tmp_path)
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("program", [GENERATE, DENOISE], ids=name_of)
+def test_a_folder_that_cannot_be_written_is_one_line(workshop, tmp_path, program):
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o555)
+    result = run([PROGRAMS / "restricted.py", "-", *interpreted(workshop.command(program, folder))])
+    assert_one_error_line(result, "locked" if program == GENERATE else "results")
+    assert not list(folder.iterdir())
+
+
+def test_a_damaged_zoo_is_one_clear_line(workshop, tmp_path):
+    shutil.copytree(workshop.whole(RECORD), tmp_path / "zoo")
     truncate(tmp_path / "zoo" / "shards" / "run-3.safetensors")
     assert_one_error_line(run(["zoo", "inspect", tmp_path / "zoo"]), "run-3.safetensors is truncated", "restore it")

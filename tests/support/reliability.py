@@ -1,11 +1,13 @@
 """Killing, resuming and damaging real commands and files."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,10 @@ def _environment() -> dict[str, str]:
 
 
 def run(command: Command, *, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; ``.py`` files run in this interpreter."""
-    return subprocess.run(_full(command), cwd=cwd, env=_environment(), capture_output=True, text=True, check=False)
+    """Run a command to its end."""
+    return subprocess.run(
+        interpreted(command), cwd=cwd, env=_environment(), capture_output=True, text=True, check=False
+    )
 
 
 def run_killed(command: Command, *, watch: Path, seed: int, kills: int, cwd: Path | None = None) -> int:
@@ -44,30 +48,40 @@ def run_killed(command: Command, *, watch: Path, seed: int, kills: int, cwd: Pat
     rng = np.random.default_rng(seed)
     done = 0
     for _ in range(kills):
-        process = subprocess.Popen(
-            _full(command),
-            cwd=cwd,
-            env=_environment(),
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        _wait_for_changes(process, watch, int(rng.integers(1, 8)))
-        time.sleep(rng.uniform(0, 0.03))
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        _, errors = process.communicate()
-        if process.returncode == 0:
+        changes, delay = int(rng.integers(1, 8)), rng.uniform(0, 0.03)
+        ended = run_signalled(command, signal.SIGKILL, watch=watch, changes=changes, delay=delay, cwd=cwd)
+        if ended.returncode == 0:
             return done
-        assert process.returncode == -signal.SIGKILL, f"{command} failed by itself:\n{errors}"
+        assert ended.returncode == -signal.SIGKILL, f"{command} failed by itself:\n{ended.stderr}"
         done += 1
     finished = run(command, cwd=cwd)
     assert finished.returncode == 0, f"{command} did not resume:\n{finished.stderr}"
     return done
 
 
-def _full(command: Command) -> list[str]:
+def run_signalled(
+    command: Command, number: int, *, watch: Path, changes: int, delay: float = 0.0, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command and send its process group a signal after some changes in a folder and a delay in seconds."""
+    process = subprocess.Popen(
+        interpreted(command),
+        cwd=cwd,
+        env=_environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _wait_for_changes(process, watch, changes)
+    time.sleep(delay)
+    if process.poll() is None:
+        os.killpg(process.pid, number)
+    _, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, "", errors)
+
+
+def interpreted(command: Command) -> list[str]:
+    """The words of a command; a ``.py`` file runs in this interpreter."""
     words = [os.fspath(word) for word in command]
     return [sys.executable, *words] if words[0].endswith(".py") else words
 
@@ -93,17 +107,20 @@ def _snapshot(folder: Path) -> frozenset[tuple[str, int, int]]:
     return frozenset(found)
 
 
-def assert_same_files(actual: Path, expected: Path) -> None:
+def assert_same_files(actual: Path, expected: Path, *, except_for: Collection[str] = ()) -> None:
     """Two folders hold the same files: the same tensors and metadata, bit by bit, and otherwise the same bytes.
 
-    What killed writers leave behind (names that start with a dot) does not count.
+    What killed writers leave behind (names that start with a dot) does not count, nor do the ``seconds`` in the lines
+    of logs (``.jsonl``), nor the files with the names ``except_for``.
     """
-    names = _files(expected)
-    assert _files(actual) == names
+    names = [name for name in _files(expected) if Path(name).name not in except_for]
+    assert [name for name in _files(actual) if Path(name).name not in except_for] == names
     assert names, f"{expected} holds no files to compare"
     for name in names:
         if name.endswith(".safetensors"):
             assert_same_tensors(actual / name, expected / name)
+        elif name.endswith(".jsonl"):
+            assert _log(actual / name) == _log(expected / name), name
         else:
             assert (actual / name).read_bytes() == (expected / name).read_bytes(), name
 
@@ -118,6 +135,11 @@ def assert_same_tensors(actual: Path, expected: Path) -> None:
             assert (x.dtype, x.shape) == (y.dtype, y.shape), f"{actual}: {name}"
             same = torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8))
             assert same, f"{actual}: {name}"
+
+
+def _log(path: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 def _files(folder: Path) -> list[str]:
@@ -149,8 +171,8 @@ def flip_every_bit(path: Path) -> Iterator[int]:
 
 
 def assert_one_error_line(result: subprocess.CompletedProcess[str], *parts: str, status: int = 1) -> None:
-    """A command ended with this status and one line on stderr that holds all these parts."""
-    lines = result.stderr.strip().splitlines()
+    """A command ended with this status and one line on stderr (progress bars aside) that holds all these parts."""
+    lines = [line for line in re.split(r"[\r\n]+", result.stderr) if line.strip() and not re.search(r"\d%\|", line)]
     assert result.returncode == status, f"status {result.returncode}:\n{result.stderr}"
     assert len(lines) == 1, result.stderr
     for part in parts:

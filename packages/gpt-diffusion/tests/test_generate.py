@@ -44,8 +44,8 @@ def toy(constructor=lambda: Mlp(12, 6, 4), shape=(3, 2, 2), name="toy_loss", **r
     splits = Splits(part(shape, 50, 1), part(shape, 20, 2), part(shape, 30, 3))
     settings = {"batch": 8, "lr": 0.05, "steps": 30, "save_points": "geometric", "save_count": 5} | recipe
     return Task(
-        name, constructor, lambda: tuple(splits.validation), classification_loss, True, 0.1, 0.1, "val_loss",
-        tuple(splits.train.images.shape[1:]), recipe=TrainingRecipe(**settings), splits=lambda: splits,
+        name, constructor, lambda: tuple(splits.validation), classification_loss, True, 0.1, 0.1, "val_loss", shape,
+        recipe=TrainingRecipe(**settings), splits=lambda: splits,
     )  # fmt: skip
 
 
@@ -301,7 +301,7 @@ def test_bad_options_are_named_and_nothing_is_left(task, options, match, tmp_pat
 
 def test_cuda_without_cuda_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="device 'cuda' is not available here"):
+    with pytest.raises(ValueError, match="device 'cuda': no CUDA device is available here"):
         generate(toy(), tmp_path / "zoo", runs=1, device="cuda")
 
 

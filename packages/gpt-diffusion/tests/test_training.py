@@ -1,13 +1,15 @@
 """The training loop: it learns, it resumes exactly, it names what does not fit."""
 
 import json
+import shutil
+import signal
 
 import pytest
 import torch
 from gpt_diffusion import load_pretrained, train
 from gpt_diffusion import training as training_module
 from gpt_diffusion.training import forecast
-from support.reliability import truncate
+from support.reliability import flip_bit, truncate
 from torch import nn
 from zoo_common.layout import ParameterLayout
 from zoo_common.zoo import Run, Zoo
@@ -49,13 +51,13 @@ def test_an_interrupted_training_resumes_to_the_same_result(tiny_config, monkeyp
     config = tiny_config("exp_name=broken", *overrides)
     advance = training_module.Training.advance
 
-    def interrupt_at_step_7(self):
-        if self.step == 7:
-            raise KeyboardInterrupt
+    def interrupted_step(self):
+        if self.step == 6:
+            signal.raise_signal(signal.SIGINT)
         advance(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_module.Training, "advance", interrupt_at_step_7)
+        patch.setattr(training_module.Training, "advance", interrupted_step)
         stopped = train(config, quiet=True)
     assert (stopped.step, stopped.finished, stopped.interrupted) == (7, False, True)
     assert not (stopped.folder / "model.safetensors").exists()
@@ -103,11 +105,40 @@ def test_nothing_to_resume_is_named(tiny_config):
         train(tiny_config("exp_name=never"), resume=True, quiet=True)
 
 
-def test_a_damaged_state_is_named(tiny_config):
-    stopped = train(tiny_config(), limit_seconds=0.0, quiet=True)
-    truncate(stopped.folder / "state.safetensors")
-    with pytest.raises(ValueError, match=r"state\.safetensors"):
+@pytest.mark.parametrize("damage", [truncate, flip_bit])
+def test_a_damaged_state_is_named_and_the_restored_one_goes_on(tiny_config, damage):
+    folder = train(tiny_config(), limit_seconds=0.0, quiet=True).folder
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    damage(folder / "state.safetensors")
+    with pytest.raises(ValueError, match=r"state\.safetensors.*restore it"):
         train(tiny_config(), resume=True, quiet=True)
+    (folder / "state.safetensors").write_bytes(before[folder / "state.safetensors"])
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert train(tiny_config(), resume=True, quiet=True).finished
+
+
+@pytest.mark.parametrize(
+    ("damage", "file"),
+    [
+        (truncate, "zoo.json"),
+        (truncate, "shards/runs-0000000.safetensors"),
+        (flip_bit, "shards/runs-0000000.safetensors"),
+    ],
+)
+def test_a_damaged_zoo_is_named_before_anything_is_written(tiny_config, digits_zoo, tmp_path, damage, file):
+    zoo = shutil.copytree(digits_zoo, tmp_path / "copy")
+    damage(zoo / file)
+    config = tiny_config(f"dataset.path={zoo}")
+    with pytest.raises(ValueError, match=f"{file}.* damaged"):
+        train(config, quiet=True)
+    assert not config.folder.exists()
+
+
+def test_what_a_killed_start_left_behind_does_not_count_as_a_run(tiny_config):
+    config = tiny_config()
+    config.folder.mkdir()
+    (config.folder / ".0123-config.yaml").touch()
+    assert train(config, quiet=True).finished
 
 
 def test_a_zoo_of_another_layout_is_named_and_nothing_is_left(tiny_config, tmp_path):

@@ -27,10 +27,17 @@ def test_verify_answers_by_its_status(zoo, capsys):
     assert len(captured.err.splitlines()) == 1 and "1 problem" in captured.err
 
 
-def test_merge_brings_zoos_together(zoo, tmp_path, capsys):
-    assert main(["merge", str(tmp_path / "all"), str(zoo.path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"added": 3, "present": 0, "runs": 4}
+@pytest.mark.parametrize("times", [1, 2])
+def test_merge_brings_zoos_together(zoo, tmp_path, capsys, times):
+    assert main(["merge", str(tmp_path / "all"), *[str(zoo.path)] * times, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"added": 3, "present": 3 * times - 3, "runs": 4}
     assert Zoo.open(tmp_path / "all").run_ids == zoo.run_ids
+
+
+def test_merge_without_a_source_is_a_wrong_use(tmp_path, capsys):
+    assert main(["merge", str(tmp_path / "all")]) == 2
+    assert "Required" in capsys.readouterr().err
+    assert not (tmp_path / "all").exists()
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])

@@ -1,11 +1,13 @@
+import errno
 import os
+import stat
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from support.reliability import flip_every_bit, truncate
 from zoo_common import atomic_write, files
-from zoo_common.files import TensorFile, sha256, visible_files, write_tensors
+from zoo_common.files import TensorFile, sha256, visible_files, write_json, write_tensors
 
 TENSORS = {
     "weights": torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).bfloat16(),
@@ -70,6 +72,24 @@ def test_a_full_disk_is_an_os_error_and_leaves_nothing_behind(tmp_path, monkeypa
     with pytest.raises(OSError, match=r"cannot write .*a\.safetensors: No space left"):
         write_tensors(tmp_path / "a.safetensors", "kind", TENSORS, {})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_have_the_permissions_of_ordinary_ones(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        (tmp_path / "ordinary").touch()
+        write_tensors(tmp_path / "a.safetensors", "kind", TENSORS, {})
+        write_json(tmp_path / "a.json", {})
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
+def test_an_error_without_a_file_name_gets_that_of_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space") as caught, atomic_write(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "a")
 
 
 def test_sha256_is_that_of_the_bytes():

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from support.reliability import flip_bit, truncate
+from support.reliability import flip_bit, flip_every_bit, truncate
 from torch import nn
 from zoo_common import ParameterLayout, Run, Zoo
-from zoo_common.zoo import split_of
+from zoo_common.zoo import read_document, split_of
 
 LENGTHS = {"a": 3, "b": 1, "c": 5, "d": 3}
 
@@ -273,6 +273,18 @@ def test_opening_something_else_is_one_clear_error(tmp_path, zoo):
     (zoo.path / "zoo.json").write_text("{")
     with pytest.raises(ValueError, match=r"zoo\.json is damaged"):
         Zoo.open(zoo.path)
+
+
+def test_a_flipped_bit_in_the_description_is_found_or_harmless(zoo):
+    document = read_document(zoo.path)
+    harmless = 0
+    for _ in flip_every_bit(zoo.path / "zoo.json"):
+        try:
+            assert document.items() <= read_document(zoo.path).items()
+            harmless += 1
+        except ValueError as error:
+            assert str(zoo.path) in str(error)
+    assert harmless < 8 * 20  # in white space, or in the name of the entry of the sum
 
 
 def test_a_damaged_layout_is_named(zoo):

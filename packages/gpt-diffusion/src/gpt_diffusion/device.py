@@ -1,14 +1,18 @@
 """Choosing where to compute."""
 
+import re
+
 import torch
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` takes the first GPU if there is one, else the CPU.
+    """Device of a name: ``auto`` (the first GPU if there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:1``.
 
     Raises:
-        ValueError: A GPU is asked for and there is none.
+        ValueError: Another name, or a GPU is asked for and there is none.
     """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from zoo_common.checkpoint import load_training, save_training
-from zoo_common.files import atomic_write
+from zoo_common.files import atomic_write, visible_files
+from zoo_common.interrupts import deferred_interrupt
 from zoo_common.layout import ParameterLayout
 from zoo_common.population import Population
 from zoo_common.tasks import Task, get_task
@@ -134,6 +135,8 @@ def prepare(config: Config, zoo: Zoo, task: Task, device: torch.device) -> tuple
         raise ValueError(
             f"{data.path}: the zoo holds {_sizes(zoo.layout)}, task {task.name!r} has {_sizes(symmetry.layout)}"
         )
+    for shard in zoo.shards.values():
+        shard.file.check()
     runs = np.intersect1d(zoo.split("train"), zoo.filter().kept)[: data.max_train_runs]
     stats = zoo.stats(runs=runs)
     coeff = data.openai_coeff or 0.538 / stats.overall_std
@@ -199,26 +202,24 @@ class Training:
 
     def loop(self, folder: Path, limit_seconds: float | None, quiet: bool) -> TrainReport:
         """Train to the end, to the time limit or to Ctrl-C; the state is saved in each case."""
-        began, interrupted = time.monotonic(), False
+        began = time.monotonic()
         log = _trimmed_log(folder / "metrics.jsonl", self.step)
         bar = tqdm(
             total=self.steps, initial=self.step, desc="train", unit="step", disable=quiet, file=sys.stderr, leave=False
         )
-        with bar:
-            try:
-                while self.step < self.steps:
-                    self.advance()
-                    bar.update()
-                    if self.step % self.optim.log_freq == 0 or self.step == self.steps:
-                        self.write_log(log, bar, time.monotonic() - began)
-                    if self.step % self.optim.checkpoint_freq == 0 and self.step < self.steps:
-                        self.save(folder / "state.safetensors")
-                    if limit_seconds is not None and time.monotonic() - began > limit_seconds:
-                        break
-            except KeyboardInterrupt:
-                interrupted = True
+        with bar, deferred_interrupt() as interrupted:
+            while self.step < self.steps and not interrupted():
+                self.advance()
+                bar.update()
+                if self.step % self.optim.log_freq == 0 or self.step == self.steps:
+                    self.write_log(log, bar, time.monotonic() - began)
+                if self.step % self.optim.checkpoint_freq == 0 and self.step < self.steps:
+                    self.save(folder / "state.safetensors")
+                if limit_seconds is not None and time.monotonic() - began > limit_seconds:
+                    break
             self.save(folder / "state.safetensors")
-        return TrainReport(folder, self.step, self.steps, self.last_loss, time.monotonic() - began, interrupted)
+        seconds, stopped = time.monotonic() - began, interrupted() and self.step < self.steps
+        return TrainReport(folder, self.step, self.steps, self.last_loss, seconds, stopped)
 
     def advance(self) -> None:
         """One optimizer step, a function of the state and of the step number."""
@@ -320,7 +321,7 @@ def _open_folder(config: Config, resume: bool) -> Path:
     """Create the run's folder with its ``config.yaml``, or check that a resumed one has the same."""
     folder = config.folder
     stored = folder / "config.yaml"
-    if not resume and folder.exists() and any(folder.iterdir()):
+    if not resume and folder.exists() and visible_files(folder, ""):
         raise FileExistsError(f"{folder} already holds a run; use --resume to go on, or another exp_name or out_dir")
     if resume and not stored.exists():
         raise FileNotFoundError(f"nothing to resume in {folder}; start the run without --resume")

@@ -46,8 +46,10 @@ class MergeConfig:
 
     target: Positional[Path]
     """Folder of the zoo to add to; made if it does not exist."""
-    sources: Positional[tuple[Path, ...]]
-    """Folders of the zoos to take shards from; they stay as they are."""
+    source: Positional[Path]
+    """Folder of a zoo to take shards from; it stays as it is."""
+    sources: Positional[tuple[Path, ...]] = ()
+    """Folders of further ones."""
     json: bool = False
     """Print one JSON object."""
 
@@ -106,7 +108,7 @@ def merge(config: MergeConfig) -> None:
     """Merge zoos and print what was done."""
     from zoo_common.merge import merge_zoos
 
-    _show(asdict(merge_zoos(config.target, config.sources)), config.json)
+    _show(asdict(merge_zoos(config.target, [config.source, *config.sources])), config.json)
 
 
 def _show(summary: dict[str, Any], as_json: bool) -> None:

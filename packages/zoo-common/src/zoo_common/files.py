@@ -8,6 +8,7 @@ Any flipped bit is therefore found, and any reader of ``safetensors`` can read t
 import hashlib
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,20 +28,30 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     The content is on disk before the rename, so the file is whole or absent after a crash. The temporary name starts
     with a dot and keeps the suffix; it is removed if the block fails. What a killed process leaves behind is never
-    read (:func:`visible_files` passes over it).
+    read (:func:`visible_files` passes over it). The file gets the permissions that the umask gives to new files,
+    whatever the block's writer chose (that of ``safetensors`` lets only the owner read).
 
     Raises:
         FileNotFoundError: The folder does not exist.
+        OSError: It cannot be written, or the disk is full; the error's file name is ``path``.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist, create it first")
     temporary = path.with_name(f".{uuid.uuid4().hex}-{path.name}")
     try:
+        temporary.touch()
+        permissions = stat.S_IMODE(temporary.stat().st_mode)
+        temporary.unlink()
         yield temporary
+        temporary.chmod(permissions)
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -169,8 +180,8 @@ class TensorFile:
             or row["sha256"] != sha256(self.tensor(name))
         ]
 
-    def load(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-        """All tensors in memory of their own, in the order written, after a check of their sums.
+    def check(self) -> None:
+        """Read the whole file and compare the sums.
 
         Raises:
             ValueError: A tensor is damaged; the message names all that are.
@@ -179,4 +190,8 @@ class TensorFile:
             raise ValueError(
                 f"{self.path} is damaged: wrong SHA-256 of {', '.join(damaged)}; restore it from another copy"
             )
+
+    def load(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """All tensors in memory of their own, in the order written, after :meth:`check`."""
+        self.check()
         return {name: self.tensor(name).to(device, copy=True) for name in self.table}

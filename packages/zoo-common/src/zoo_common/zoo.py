@@ -2,7 +2,8 @@
 
 Shapes: R runs in the zoo, C checkpoints of a run (runs may differ), D parameters, B entries of a batch. On disk::
 
-    zoo.json                      format version, task, creator, default layout, split fractions, dtype, attributes
+    zoo.json                      format version, task, creator, default layout, split fractions, dtype, attributes,
+                                  and the SHA-256 of all this (as JSON with sorted keys)
     layouts/<layout-id>.json      names, shapes, dtypes and offsets
     shards/<name>.safetensors     whole runs (see :mod:`zoo_common.shard`)
 
@@ -285,7 +286,7 @@ class Zoo:
         for folder in ("layouts", "shards"):
             (path / folder).mkdir(parents=True, exist_ok=True)
         _write_layout(path, layout)
-        write_json(path / "zoo.json", document)
+        write_json(path / "zoo.json", document | {"sha256": _digest(document)})
         return cls(path, document, layout)
 
     @classmethod
@@ -504,11 +505,16 @@ def read_document(path: Path) -> dict[str, Any]:
     if not (path / "zoo.json").is_file():
         raise FileNotFoundError(f"there is no zoo in {path} (no zoo.json)")
     document = read_json(path / "zoo.json")
-    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+    if not isinstance(document, dict) or document.get("format") != _FORMAT or "version" not in document:
         raise ValueError(f"{path / 'zoo.json'} does not describe a zoo")
     if document["version"] != _VERSION:
         raise ValueError(
             f"{path} has format version {document['version']}, this zoo-common reads {_VERSION}: upgrade it"
+        )
+    if document.pop("sha256", None) not in (None, _digest(document)):
+        raise ValueError(
+            f"{path / 'zoo.json'} is damaged (wrong SHA-256): restore it from another copy, or, if it was edited on "
+            "purpose, remove its entry 'sha256'"
         )
     missing = {"task", "creator", "layout", "split", "dtype", "attributes"} - document.keys()
     if missing or document["dtype"] not in _DTYPES:
@@ -534,6 +540,10 @@ def _write_layout(path: Path, layout: ParameterLayout) -> None:
     if not file.exists():
         with atomic_write(file) as temporary:
             temporary.write_text(layout.to_json() + "\n")
+
+
+def _digest(document: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(config: Mapping[str, object]) -> Any:  # noqa: ANN401

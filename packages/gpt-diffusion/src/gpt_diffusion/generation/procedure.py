@@ -20,6 +20,7 @@ from zoo_common.population import Population
 from zoo_common.tasks import Task, get_task
 from zoo_common.zoo import Run, Zoo
 
+from gpt_diffusion.device import choose_device
 from gpt_diffusion.generation.batches import derive_seed
 from gpt_diffusion.generation.schedule import SCHEDULES, random_save_points, save_points
 from gpt_diffusion.generation.trainers import TRAINERS, Job, initial_vectors, strategies_for
@@ -230,7 +231,7 @@ def _plan(
         raise ValueError(f"save_points must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    place, precision = _device(device), _DTYPES[dtype]
+    place, precision = choose_device(device), _DTYPES[dtype]
     module = task.constructor().to(place, precision).train()
     _check_network(module)
     layout = ParameterLayout.from_module(module.to(torch.float32))
@@ -253,14 +254,6 @@ def _plan(
     )
     moved = {name: (part.images.to(place, precision), part.labels.to(place)) for name, part in parts.items()}
     return _Plan(task, job, options, place, moved)
-
-
-def _device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' is not available here; use device 'cpu' or 'auto'")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _check_network(module: nn.Module) -> None:
