@@ -18,7 +18,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gpt_diffusion.generate import generation
+from gpt_diffusion.generation import procedure as generation
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
