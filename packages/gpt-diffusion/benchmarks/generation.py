@@ -18,7 +18,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gpt_diffusion.generation import procedure as generation
+from gpt_diffusion.generation import procedure
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -99,14 +99,14 @@ def plain_augmentation(x: Tensor) -> Tensor:
 
 def many(task: Task, models: int, steps: int, share: int, device: str) -> tuple[Callable[[], int], str]:
     """Our generation of ``models`` runs (training alone), with the strategy that its probe chooses."""
-    plan = generation._plan(task, models, 0, share, None, 2, steps, device, "float32", models)
-    rates = generation._probe(plan, generation.strategies_for(plan.job.module, plan.job.layout))
+    plan = procedure._plan(task, models, 0, share, None, 2, steps, device, "float32", models)
+    rates = procedure._probe(plan, procedure.strategies_for(plan.job.module, plan.job.layout))
     strategy = max(rates, key=lambda name: rates[name])
     runs = range(models)
 
     def train() -> int:
-        for part in generation._parts(plan, runs):
-            generation._train(plan, strategy, part, plan.saves(part), lambda _: None)
+        for part in procedure._parts(plan, runs):
+            procedure._train(plan, strategy, part, plan.saves(part), lambda _: None)
         return models * steps
 
     return train, strategy

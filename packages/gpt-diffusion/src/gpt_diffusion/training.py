@@ -109,7 +109,7 @@ def forecast(config: Config, *, data_dir: Path | None = None, timed_steps: int =
     seconds = (time.monotonic() - began) / timed_steps * run.steps
     parameters = sum(p.numel() for p in run.model.parameters())
     # weights, two AdamW moments and the average in the state; the average again in the model
-    return Forecast(run.steps, parameters, round(seconds, 3), 5 * 4 * parameters)
+    return Forecast(run.steps, parameters, seconds, 5 * 4 * parameters)
 
 
 def _prepare_run(config: Config, data_dir: Path | None) -> "Training":
