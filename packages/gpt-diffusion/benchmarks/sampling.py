@@ -92,6 +92,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=1000, help="denoising steps of the whole trajectory")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
@@ -114,20 +115,21 @@ def main() -> None:
         (seconds(lambda: ours(part)), seconds(lambda: plain_sample(model, part, conditions, 0)))
         for _ in range(options.repeats)
     ]
-    whole = Diffusion()
+    whole, steps = Diffusion(respacing=[options.steps]), options.steps
     result = {
         "networks": n,
         "threads": options.threads,
         "largest_difference": difference,
         "ratio": statistics.median(plain / fast for fast, plain in pairs),
-        "seconds_1000_steps": seconds(lambda: ours(whole)),
-        "plain_seconds_1000_steps": seconds(lambda: plain_sample(model, whole, conditions, 0)),
+        f"seconds_{steps}_steps": seconds(lambda: ours(whole)),
+        f"plain_seconds_{steps}_steps": seconds(lambda: plain_sample(model, whole, conditions, 0)),
         "seconds_ddim_50_steps": statistics.median(
             seconds(lambda: ours(Diffusion(respacing="ddim50"), "ddim")) for _ in range(options.repeats)
         ),
     }
     print(f"{n} networks, {options.threads} thread(s); largest difference {difference:.1e}")
-    print(f"1000 DDPM steps: {result['seconds_1000_steps']:.1f} s, plain {result['plain_seconds_1000_steps']:.1f} s")
+    totals = [result[f"{kind}seconds_{steps}_steps"] for kind in ("", "plain_")]
+    print(f"{steps} DDPM steps: {totals[0]:.1f} s, plain {totals[1]:.1f} s")
     print(f"speed over plain, median of {options.repeats} runs of 50 steps: {result['ratio']:.2f}x")
     print(f"50 DDIM steps: {result['seconds_ddim_50_steps']:.2f} s")
     if options.json:

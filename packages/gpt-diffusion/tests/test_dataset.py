@@ -136,3 +136,11 @@ def test_a_batch_larger_than_an_epoch_is_named(zoo):
 def test_no_runs_are_named(zoo):
     with pytest.raises(ValueError, match="no training runs"):
         ParameterDataset(zoo, np.arange(0), metric="loss", normalizer=get_normalizer("none"))
+
+
+def test_blocks_do_not_change_a_batch(zoo, net, monkeypatch):
+    data = dataset(zoo, symmetry=Symmetry.from_module(net, torch.zeros(2, 3)), normalizer=get_normalizer("openai", 3.0))
+    whole = data.batch(50, 3)
+    monkeypatch.setattr("gpt_diffusion.dataset.BLOCK_BYTES", 4 * zoo.layout.size * 7)
+    for part, expected in zip(data.batch(50, 3), whole, strict=True):
+        torch.testing.assert_close(part, expected, rtol=0, atol=0)

@@ -4,46 +4,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.golden import assert_close, assert_stats, fill
-from torch import nn
+from support.networks import INPUTS, filled, network
 from zoo_common.layout import ParameterLayout
 from zoo_common.population import Population
 from zoo_common.symmetry import Symmetry
-from zoo_common.tasks import classification_error, classification_loss, get_task
-
-
-class CartpoleActor(nn.Module):
-    """The published actor; ``log_std`` comes first in the state dict and takes no part in the mean action."""
-
-    def __init__(self):
-        super().__init__()
-        self.log_std = nn.Parameter(torch.zeros(1))
-        self.actor = nn.Sequential(nn.Linear(4, 32), nn.SELU(), nn.Linear(32, 32), nn.SELU(), nn.Linear(32, 1))
-
-    def forward(self, observation):
-        return self.actor(observation)
-
-
-INPUTS = {"mnist": ("mnist_x", (1, 28, 28)), "cifar10": ("cifar_x", (3, 32, 32)), "cartpole": ("cart_obs", (4,))}
-
-
-def network(task):
-    return CartpoleActor() if task == "cartpole" else get_task(task).constructor()
-
-
-def filled(task):
-    """The network with the golden weights: fill('<task>/<key>', shape, 0.1)."""
-    net = network(task)
-    net.load_state_dict({key: fill(f"{task}/{key}", value.shape, 0.1) for key, value in net.state_dict().items()})
-    return net
+from zoo_common.tasks import classification_error, classification_loss
 
 
 @pytest.mark.golden("parameter_layouts.json", cases="layouts")
-def test_layout_of_the_task_networks(golden):
-    layout = ParameterLayout.from_module(network(golden.case["task"]))
-    assert layout.size == golden.case["n_params"]
-    expected = [(t["key"], tuple(t["shape"]), t["offset"]) for t in golden.case["tensors"]]
-    assert [(t.name, t.shape, t.offset) for t in layout.tensors] == expected
-    assert_stats(layout.flatten(filled(golden.case["task"])), golden.case["flat"])
+def test_flat_vectors_are_the_published_ones(golden):
+    case = golden.case
+    state = {t["key"]: fill(f"{case['task']}/{t['key']}", t["shape"], 0.1) for t in case["tensors"]}
+    layout = ParameterLayout.from_state_dict(state)
+    assert layout.size == case["n_params"]
+    expected = [(t["key"], tuple(t["shape"]), t["size"], t["offset"]) for t in case["tensors"]]
+    assert [(t.name, t.shape, t.size, t.offset) for t in layout.tensors] == expected
+    assert_stats(layout.flatten(state), case["flat"])
+    if case["task"] in INPUTS:
+        assert ParameterLayout.from_module(network(case["task"])) == layout
+        assert torch.equal(layout.flatten(filled(case["task"])), layout.flatten(state))
 
 
 @pytest.mark.golden("task_models.json", cases="results")

@@ -13,6 +13,9 @@ from zoo_common.zoo import Zoo
 
 from gpt_diffusion.normalization import Normalizer
 
+#: Weights that are read, permuted and normalised together.
+BLOCK_BYTES = 2**21
+
 
 class Pairs(NamedTuple):
     """A batch of training pairs; weights are normalised, metrics are raw and in float64."""
@@ -94,14 +97,29 @@ class ParameterDataset:
             start, target = self._prompted(runs, rng)
         else:
             _, start, target = self.zoo.pairs(runs, rng, min_spacing=self.spacing[0], max_spacing=self.spacing[1])
-        weights = self.zoo.params.gather(np.concatenate([runs, runs]), np.concatenate([start, target]))
-        if self.symmetry is not None:
-            generator = torch.Generator().manual_seed(mix_seed(self.seed, 1, k))
-            once = self.symmetry.random_permutations(size, generator)
-            weights = self.symmetry.apply(weights, [torch.cat([p, p]) for p in once])
-        weights = self.normalizer.normalize(weights.to(self.device, non_blocking=True))
+        weights = self._weights(np.concatenate([runs, runs]), np.concatenate([start, target]), k).to(self.device)
         metrics = [torch.from_numpy(self.metrics[runs, index]).to(self.device) for index in (start, target)]
         return Pairs(weights[:size], weights[size:], *metrics)
+
+    def _weights(self, runs: np.ndarray, checkpoints: np.ndarray, k: int) -> Tensor:
+        """Normalised weights (2 b, D) of b starts and their b targets; both of a pair are permuted alike.
+
+        Worked on in blocks, so that all steps but the last write to the caches.
+        """
+        permutations = []
+        if self.symmetry is not None:
+            generator = torch.Generator().manual_seed(mix_seed(self.seed, 1, k))
+            once = self.symmetry.random_permutations(len(runs) // 2, generator)
+            permutations = [torch.cat([p, p]) for p in once]
+        size = self.zoo.layout.size
+        out, height = torch.empty(len(runs), size), max(1, BLOCK_BYTES // (4 * size))
+        for top in range(0, len(runs), height):
+            rows = slice(top, top + height)
+            block = self.zoo.params.gather(runs[rows], checkpoints[rows])
+            if self.symmetry is not None:
+                block = self.symmetry.apply(block, [p[rows] for p in permutations])
+            out[rows] = self.normalizer.normalize(block)
+        return out
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:

@@ -209,9 +209,10 @@ def _permute_axis(values: Tensor, shape: Sequence[int], axis: int, block: int, p
     """Permute one axis of n stacked tensors, (n, prod(shape)) -> the same, with a permutation (n, s) for each."""
     n, size = permutation.shape
     before, after = math.prod(shape[:axis]), block * math.prod(shape[axis + 1 :])
-    if axis == 0 and after > 1:  # whole rows: one copy of contiguous blocks
-        rows = (permutation + torch.arange(n, device=values.device)[:, None] * size).flatten()
-        return values.reshape(n * size, after).index_select(0, rows).view(n, -1)
+    if after > 1:  # copies of contiguous rows
+        first = torch.arange(0, n * before * size, size, device=values.device).view(n, before, 1)
+        rows = (first + permutation[:, None]).flatten()
+        return values.reshape(n * before * size, after).index_select(0, rows).view(n, -1)
     where = permutation[:, None, :, None].expand(n, before, size, after)  # a view, no index in memory
     return values.reshape(n, before, size, after).gather(2, where).view(n, -1)
 

@@ -199,13 +199,19 @@ class Params:
         """Vectors of (run, checkpoint) pairs, (B, D) float32; one indexed copy per shard that is touched."""
         rows = self._index.rows(runs, checkpoints)
         shards = np.searchsorted(self._index.bounds, rows, side="right") - 1
-        order = np.argsort(shards, kind="stable")
+        touched = np.unique(shards)
+        if len(touched) == 1:
+            return self._select(touched[0], rows)
         out = torch.empty(len(rows), self._size)
-        for entries in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(rows) else []:
-            shard = shards[entries[0]]
-            local = torch.from_numpy(rows[entries] - self._index.bounds[shard])
-            out[torch.from_numpy(entries)] = self._index.shards[shard].params[local].float()
+        for shard in touched:
+            entries = np.flatnonzero(shards == shard)
+            out.index_copy_(0, torch.from_numpy(entries), self._select(shard, rows[entries]))
         return out
+
+    def _select(self, shard: int, rows: np.ndarray) -> Tensor:
+        """Rows of one shard, copied."""
+        local = torch.from_numpy(rows - self._index.bounds[shard])
+        return self._index.shards[shard].params.index_select(0, local).float()
 
 
 class Zoo:

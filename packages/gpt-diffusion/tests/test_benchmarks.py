@@ -1,0 +1,31 @@
+"""Every benchmark runs, in small."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+SMALL = {
+    "generation.py": ["--models", "32", "--steps", "2"],
+    "pairs.py": ["--runs", "2", "--checkpoints", "3", "--batch", "4", "--batches", "1"],
+    "sampling.py": ["--networks", "1", "--steps", "2", "--repeats", "1"],
+}
+
+
+def numbers(value):
+    if isinstance(value, dict):
+        return [number for item in value.values() for number in numbers(item)]
+    return [value] if isinstance(value, int | float) else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(path.name for path in FOLDER.glob("*.py")))
+def test_benchmark_runs_and_prints_one_json_object_last(script):
+    command = [sys.executable, FOLDER / script, *SMALL[script], "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    found = numbers(json.loads(result.stdout.splitlines()[-1]))
+    assert len(found) > 3 and all(number > 0 for number in found)
