@@ -131,7 +131,7 @@ def compare(folder: Path, name: str, options: argparse.Namespace) -> dict[str, d
         metric="test_loss",
         normalizer=normalizer,
         epoch_size=100 * size,
-        symmetry=symmetry,
+        augment=symmetry,
     )
     items, counter = Items(zoo, RULES[name], normalizer), iter(range(10**9))
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
-from gpt_diffusion.augmentation import permutation_index, permute_module, random_permute_flat
+from gpt_diffusion.augmentation import RulePermuter, permutation_index, permute_module, random_permute_flat
 from support.golden import assert_close, fill
 from support.networks import INPUTS, filled, network
 from zoo_common.layout import ParameterLayout
+from zoo_common.tasks import get_task
 
 
 def mnist_rule(net, draw, permute_in, permute_out, permute_in_out, register):
@@ -106,3 +107,22 @@ def test_a_rule_that_leaves_state_dict_order_is_named():
     ):
         with pytest.raises(ValueError, match=match):
             permutation_index(network("mnist"), drawn(rule))
+
+
+def test_a_rule_permutes_many_checkpoints_each_in_its_own_way():
+    """The rule of the published MNIST task, against the symmetry found by tracing."""
+    task = get_task("mnist")
+    permuter, symmetry = RulePermuter(task.constructor(), randperm_rule), task.symmetry()
+    vectors = torch.randn(3, symmetry.layout.size, generator=torch.Generator().manual_seed(0))
+    drawn = permuter.random_permutations(3, torch.Generator().manual_seed(1))
+    permuted = permuter.apply(vectors, drawn)
+    orders = drawn[0][:, 7840:7850] - 7840  # where the biases of the hidden units come from
+    assert not torch.equal(orders[0], orders[1])
+    torch.testing.assert_close(permuted, symmetry.apply(vectors, [orders]), rtol=0, atol=0)
+
+
+def randperm_rule(net, generator, permute_in, permute_out, permute_in_out, register):
+    p = torch.randperm(10, generator=generator)
+    permute_out((net.fc1.weight, net.fc1.bias), p)
+    permute_in(net.fc2.weight, p)
+    register(net.fc2.bias)

@@ -98,7 +98,7 @@ def test_a_batch_depends_on_the_seed_and_its_number_alone(zoo):
 
 def test_augmentation_permutes_both_alike_and_keeps_the_function(zoo, net):
     symmetry = Symmetry.from_module(net, torch.zeros(2, 3))
-    plain, moved = dataset(zoo).batch(50, 0), dataset(zoo, symmetry=symmetry).batch(50, 0)
+    plain, moved = dataset(zoo).batch(50, 0), dataset(zoo, augment=symmetry).batch(50, 0)
     # entry i of a run's vectors is i plus a constant, so the permutation can be read off
     order = (moved.start - plain.start[:, :1]).long()
     assert torch.equal(order, (moved.target - plain.target[:, :1]).long())
@@ -139,7 +139,7 @@ def test_no_runs_are_named(zoo):
 
 
 def test_blocks_do_not_change_a_batch(zoo, net, monkeypatch):
-    data = dataset(zoo, symmetry=Symmetry.from_module(net, torch.zeros(2, 3)), normalizer=get_normalizer("openai", 3.0))
+    data = dataset(zoo, augment=Symmetry.from_module(net, torch.zeros(2, 3)), normalizer=get_normalizer("openai", 3.0))
     whole = data.batch(50, 3)
     monkeypatch.setattr("gpt_diffusion.dataset.BLOCK_BYTES", 4 * zoo.layout.size * 7)
     for part, expected in zip(data.batch(50, 3), whole, strict=True):

@@ -15,7 +15,7 @@ in place; :func:`permutation_index` turns it into one gather index for flat chec
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,36 @@ def random_permute_flat(
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     index = permutation_index(architecture, aug_fn, generator)
     return [net[..., index.to(net.device)] for net in nets]
+
+
+class Permuter(Protocol):
+    """What draws and applies function-preserving permutations of many checkpoints; a ``Symmetry`` is one."""
+
+    def random_permutations(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
+        """Independent permutations for ``n`` checkpoints, a row of each tensor for each."""
+        ...
+
+    def apply(self, vectors: Tensor, permutations: Sequence[Tensor]) -> Tensor:
+        """Permute checkpoints (n, d), each with its own row."""
+        ...
+
+
+class RulePermuter:
+    """A task's own ``aug_fn`` as a :class:`Permuter`: one gather index per checkpoint, drawn one by one.
+
+    For tasks whose symmetry cannot be traced; much slower than :class:`zoo_common.symmetry.Symmetry`.
+    """
+
+    def __init__(self, architecture: nn.Module, aug_fn: AugFn) -> None:
+        self.architecture, self.aug_fn = architecture, aug_fn
+
+    def random_permutations(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
+        """Gather indices, one tensor (n, d)."""
+        return [torch.stack([permutation_index(self.architecture, self.aug_fn, generator) for _ in range(n)])]
+
+    def apply(self, vectors: Tensor, permutations: Sequence[Tensor]) -> Tensor:
+        """Gather each row of ``vectors`` (n, d)."""
+        return vectors.gather(1, permutations[0])
 
 
 class _Walk:

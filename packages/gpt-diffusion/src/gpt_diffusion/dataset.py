@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from zoo_common.symmetry import Symmetry
 from zoo_common.zoo import Zoo
 
+from gpt_diffusion.augmentation import Permuter
 from gpt_diffusion.normalization import Normalizer
 
 #: Weights that are read, permuted and normalised together.
@@ -44,7 +44,7 @@ class ParameterDataset:
         min_spacing: Smallest distance in save points, only for ``spacing``.
         max_spacing: Largest distance; None: as far as the run goes.
         epoch_size: Pairs per epoch, rounded down to a multiple of the number of runs.
-        symmetry: Permute the hidden units of each pair at random (the same way for both).
+        augment: Permutes the hidden units of each pair at random (the same way for both).
         seed: Seed of everything drawn.
         device: Where batches are wanted.
 
@@ -64,7 +64,7 @@ class ParameterDataset:
         min_spacing: int = 1,
         max_spacing: int | None = None,
         epoch_size: int | None = None,
-        symmetry: Symmetry | None = None,
+        augment: Permuter | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -75,7 +75,7 @@ class ParameterDataset:
             raise ValueError(f"target_epoch_size ({epoch_size}) must be at least the number of runs ({len(runs)})")
         self.zoo, self.runs, self.mode, self.seed = zoo, np.asarray(runs), mode, seed
         self.spacing = (min_spacing, max_spacing)
-        self.normalizer, self.symmetry, self.device = normalizer, symmetry, torch.device(device)
+        self.normalizer, self.augment, self.device = normalizer, augment, torch.device(device)
         self.metrics = zoo.metrics[metric].padded()  # (R, C), NaN after a run's end
         self.lengths = np.array([run.checkpoints for run in zoo.runs])
         self.epoch_size = len(runs) * (epoch_size // len(runs))
@@ -107,17 +107,17 @@ class ParameterDataset:
         Worked on in blocks, so that all steps but the last write to the caches.
         """
         permutations = []
-        if self.symmetry is not None:
+        if self.augment is not None:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, 1, k))
-            once = self.symmetry.random_permutations(len(runs) // 2, generator)
+            once = self.augment.random_permutations(len(runs) // 2, generator)
             permutations = [torch.cat([p, p]) for p in once]
         size = self.zoo.layout.size
         out, height = torch.empty(len(runs), size), max(1, BLOCK_BYTES // (4 * size))
         for top in range(0, len(runs), height):
             rows = slice(top, top + height)
             block = self.zoo.params.gather(runs[rows], checkpoints[rows])
-            if self.symmetry is not None:
-                block = self.symmetry.apply(block, [p[rows] for p in permutations])
+            if self.augment is not None:
+                block = self.augment.apply(block, [p[rows] for p in permutations])
             out[rows] = self.normalizer.normalize(block)
         return out
 

@@ -22,6 +22,7 @@ from zoo_common.population import Population
 from zoo_common.tasks import Task, get_task
 from zoo_common.zoo import Zoo
 
+from gpt_diffusion.augmentation import Permuter, RulePermuter
 from gpt_diffusion.behaviour import BehaviourLoss
 from gpt_diffusion.config import Config, config_to_yaml, load_config
 from gpt_diffusion.dataset import Pairs, ParameterDataset, mix_seed
@@ -124,23 +125,20 @@ def _prepare_run(config: Config, data_dir: Path | None) -> "Training":
 
 def prepare(config: Config, zoo: Zoo, task: Task, device: torch.device) -> tuple[ParameterDataset, ModelInfo]:
     """The training pairs of a zoo, and what the model must know of them."""
-    data = config.dataset
+    data, units = config.dataset, config.transformer.tokens == "units"
+    if not len(zoo):
+        raise ValueError(f"{data.path}: the zoo is empty; fill it with `gpt-diffusion generate`")
     metric = data.train_metric or task.metric_name
     if metric not in zoo.metrics:
         raise ValueError(f"{data.path}: no metric {metric!r}; the zoo has {', '.join(zoo.metrics)}")
-    symmetry = task.symmetry()
-    if not len(zoo):
-        raise ValueError(f"{data.path}: the zoo is empty; fill it with `gpt-diffusion generate`")
-    if zoo.layout.shapes != symmetry.layout.shapes:
-        raise ValueError(
-            f"{data.path}: the zoo holds {_sizes(zoo.layout)}, task {task.name!r} has {_sizes(symmetry.layout)}"
-        )
+    layout = ParameterLayout.from_module(task.constructor())
+    if zoo.layout.shapes != layout.shapes:
+        raise ValueError(f"{data.path}: the zoo holds {_sizes(zoo.layout)}, task {task.name!r} has {_sizes(layout)}")
     for shard in zoo.shards.values():
         shard.file.check()
     runs = np.intersect1d(zoo.split("train"), zoo.filter().kept)[: data.max_train_runs]
     stats = zoo.stats(runs=runs)
     coeff = data.openai_coeff or 0.538 / stats.overall_std
-    units = config.transformer.tokens == "units"
     dataset = ParameterDataset(
         zoo,
         runs,
@@ -150,7 +148,7 @@ def prepare(config: Config, zoo: Zoo, task: Task, device: torch.device) -> tuple
         min_spacing=data.min_step_spacing,
         max_spacing=data.max_step_spacing,
         epoch_size=data.target_epoch_size,
-        symmetry=symmetry if data.augment and not units else None,
+        augment=_permuter(task) if data.augment and not units else None,
         seed=config.rng_seed,
         device=device,
     )
@@ -165,9 +163,14 @@ def prepare(config: Config, zoo: Zoo, task: Task, device: torch.device) -> tuple
         weight_range=(stats.low, stats.high),
         best_metric=float(np.nanmin(table) if task.minimize else np.nanmax(table)),
         final_metric=float(np.median(last)),
-        units=UnitTokens.from_symmetry(symmetry) if units else None,
+        units=UnitTokens.from_symmetry(task.symmetry()) if units else None,
     )
     return dataset, info
+
+
+def _permuter(task: Task) -> Permuter:
+    """The task's own rule if it has one, else the symmetry of its network."""
+    return RulePermuter(task.constructor(), task.aug_fn) if task.aug_fn else task.symmetry()
 
 
 def _sizes(layout: ParameterLayout) -> str:
