@@ -316,7 +316,7 @@ def print_table(table: list[Row], main_result: Prompted, novelty: dict[str, floa
     for r in table:
         accuracy = f"{r.accuracy:.3f}" + ("" if r.interval is None else f" ±{r.interval:.3f}")
         numbers = (r.alignment, r.shuffled_alignment, r.own_rate, r.cosine)
-        lines.append([r.name, accuracy, *("" if v is None else f"{v:.2f}" for v in numbers)])
+        lines.append([r.name, accuracy, *("" if v is None else f"{v:.3f}" for v in numbers)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print(

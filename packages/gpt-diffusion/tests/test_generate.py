@@ -1,9 +1,5 @@
 import itertools
 import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -337,34 +333,6 @@ def test_a_zoo_made_with_other_options_is_not_touched(task, options, match, tmp_
         generate(task, tmp_path / "zoo", **basis | options)
     assert before[0] == contents(tmp_path / "zoo")[0]
     assert generate(toy(name="toy_error"), tmp_path / "zoo", **basis).runs == 2  # the metric does not matter
-
-
-_COMMAND = """
-import sys
-from gpt_diffusion.generation import generate
-generate("digits", sys.argv[1], runs=60, steps=200, chunk=4, strategy="stacked", progress=False)
-"""
-
-
-@pytest.mark.reliability
-def test_killed_generation_resumes_to_the_same_zoo(tmp_path):
-    """kill -9 three times while shards appear; the resumed zoo equals an uninterrupted one bit for bit."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def command(folder):
-        return [sys.executable, "-c", _COMMAND, str(folder)]
-
-    subprocess.run(command(tmp_path / "whole"), check=True, env=environment)
-    for wanted in (1, 4, 9):
-        process = subprocess.Popen(command(tmp_path / "killed"), env=environment)
-        while process.poll() is None and len(list((tmp_path / "killed" / "shards").glob("runs-*"))) < wanted:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert Zoo.open(tmp_path / "killed").shards
-    subprocess.run(command(tmp_path / "killed"), check=True, env=environment)
-    for a, b in zip(contents(tmp_path / "whole"), contents(tmp_path / "killed"), strict=True):
-        assert a == b if isinstance(a, list) else torch.equal(a, b)
 
 
 def test_given_starts_are_trained_as_generated_runs_are(tmp_path):
