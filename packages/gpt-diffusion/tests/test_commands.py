@@ -171,9 +171,9 @@ def test_a_missing_output_folder_is_named_before_the_work(capsys, trained, tmp_p
     assert "does not exist" in error
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("command", ["train", "sample", "eval", "generate"])
-def test_a_missing_gpu_is_named(capsys, trained, digits_zoo, tmp_path, command):
+def test_a_missing_gpu_is_named(capsys, monkeypatch, trained, digits_zoo, tmp_path, command):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     arguments = {
         "train": ["digits_loss", f"dataset.path={digits_zoo}", f"out_dir={tmp_path}"],
         "sample": [trained, "--prompt", 1.0, "-o", tmp_path / "out.safetensors"],

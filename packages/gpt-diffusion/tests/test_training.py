@@ -169,8 +169,8 @@ def test_the_forecast_writes_nothing(tiny_config):
     assert not config.folder.exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_named(tiny_config):
+def test_a_missing_gpu_is_named(tiny_config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device 'cuda': no CUDA device is available"):
         train(tiny_config("device=cuda"), quiet=True)
 

@@ -43,4 +43,7 @@ def test_merge_without_a_source_is_a_wrong_use(tmp_path, capsys):
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_a_folder_without_a_zoo_is_one_line(tmp_path, capsys, command):
     assert main([command, str(tmp_path)]) == 1
-    assert capsys.readouterr().err == f"zoo: there is no zoo in {tmp_path} (no zoo.json)\n"
+    assert (
+        capsys.readouterr().err
+        == f"zoo: there is no zoo in {tmp_path} (no zoo.json): check the path, or make one there first\n"
+    )

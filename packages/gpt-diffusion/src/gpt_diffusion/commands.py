@@ -1,6 +1,7 @@
 """What the commands of :mod:`gpt_diffusion.cli` do. Results go to stdout, progress to stderr."""
 
 import dataclasses
+import datetime
 import json
 import math
 import sys
@@ -169,14 +170,17 @@ def _progress(config: Config, calls: int, quiet: bool, title: str = "sample") ->
         yield advance
 
 
-def _show(result: dict[str, Any], as_json: bool) -> None:
+def _show(result: dict[str, Any], as_json: bool, indent: str = "") -> None:
     if as_json:
         print(json.dumps(result, default=str))
         return
     for name, value in result.items():
         if isinstance(value, dict):
-            print(f"{name}:")
-            for key, below in value.items():
-                print(f"  {key}: {below}")
+            print(f"{indent}{name}:")
+            _show(value, False, indent + "  ")
+        elif name == "seconds":
+            print(f"{indent}time: {datetime.timedelta(seconds=round(value))}")
+        elif name.endswith("bytes"):
+            print(f"{indent}{name}: {value / 1e6:.1f} MB")
         else:
-            print(f"{name}: {value}")
+            print(f"{indent}{name}: {value:,.4f}" if isinstance(value, float) else f"{indent}{name}: {value}")

@@ -85,7 +85,9 @@ class ParameterDataset:
     def batches_per_epoch(self, size: int) -> int:
         """Full batches of ``size`` pairs in an epoch."""
         if size > self.epoch_size:
-            raise ValueError(f"mb_size ({size}) is larger than an epoch ({self.epoch_size} pairs)")
+            raise ValueError(
+                f"mb_size ({size}) is larger than an epoch ({self.epoch_size} pairs); lower it, or raise target_epoch_size"
+            )
         return self.epoch_size // size
 
     def batch(self, size: int, k: int) -> Pairs:

@@ -128,12 +128,12 @@ def prepare(config: Config, zoo: Zoo, task: Task, device: torch.device) -> tuple
     data, units = config.dataset, config.transformer.tokens == "units"
     if not len(zoo):
         raise ValueError(f"{data.path}: the zoo is empty; fill it with `gpt-diffusion generate`")
-    metric = data.train_metric or task.metric_name
-    if metric not in zoo.metrics:
-        raise ValueError(f"{data.path}: no metric {metric!r}; the zoo has {', '.join(zoo.metrics)}")
     layout = ParameterLayout.from_module(task.constructor())
     if zoo.layout.shapes != layout.shapes:
         raise ValueError(f"{data.path}: the zoo holds {_sizes(zoo.layout)}, task {task.name!r} has {_sizes(layout)}")
+    metric = data.train_metric or task.metric_name
+    if metric not in zoo.metrics:
+        raise ValueError(f"{data.path}: no metric {metric!r}; the zoo has {', '.join(zoo.metrics)}")
     for shard in zoo.shards.values():
         shard.file.check()
     runs = np.intersect1d(zoo.split("train"), zoo.filter().kept)[: data.max_train_runs]

@@ -509,7 +509,7 @@ def read_document(path: Path) -> dict[str, Any]:
         ValueError: It is damaged, something else, or of a newer format.
     """
     if not (path / "zoo.json").is_file():
-        raise FileNotFoundError(f"there is no zoo in {path} (no zoo.json)")
+        raise FileNotFoundError(f"there is no zoo in {path} (no zoo.json): check the path, or make one there first")
     document = read_json(path / "zoo.json")
     if not isinstance(document, dict) or document.get("format") != _FORMAT or "version" not in document:
         raise ValueError(f"{path / 'zoo.json'} does not describe a zoo")
