@@ -161,6 +161,37 @@ def test_a_diverging_training_stops_with_the_remedy(tiny_config):
         train(tiny_config("train.base_lr=1e30", "train.warmup_epochs=0"), quiet=True)
 
 
+def test_a_diverging_training_does_not_overwrite_the_last_good_state(tiny_config, monkeypatch):
+    """The loss becomes NaN between two log lines, right before a state would be saved."""
+    config = tiny_config("train.log_freq=100", "train.checkpoint_freq=4", "train.max_steps=20")
+    plain = training_module.Training.loss
+
+    def broken_from_step_6(self, pairs, generator):
+        loss, mse = plain(self, pairs, generator)
+        return (loss * torch.nan if self.step >= 6 else loss), mse
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_module.Training, "loss", broken_from_step_6)
+        with pytest.raises(ValueError, match="training loss is nan at step 8"):
+            train(config, quiet=True)
+    resumed = train(config, resume=True, quiet=True, limit_seconds=0.0)
+    assert resumed.step == 5
+
+
+def test_runs_without_a_finite_metric_are_left_out_and_counted(tiny_config, digits_zoo, tmp_path, caplog):
+    zoo = Zoo.open(digits_zoo)
+    path = tmp_path / "holes"
+    holes = Zoo.create(path, layout=zoo.layout, task=zoo.task, split=(1, 0, 0))
+    for r in range(8):
+        loss = zoo.metrics["val_loss"][r].copy()
+        loss[-1] = float("nan") if r < 3 else loss[-1]
+        holes.append([Run(id=f"r{r}", params=zoo.params[r], steps=zoo.steps[r], metrics={"val_loss": loss})])
+    config = tiny_config(f"dataset.path={path}", "train.max_steps=2")
+    assert train(config, quiet=True).finished
+    assert "3 of 8 training runs are left out" in caplog.text
+    assert "3 without a finite val_loss" in caplog.text
+
+
 def test_the_forecast_writes_nothing(tiny_config):
     config = tiny_config()
     result = forecast(config, timed_steps=1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 import sys
 import time
@@ -136,7 +137,7 @@ def prepare(config: Config, zoo: Zoo, task: Task, device: torch.device) -> tuple
         raise ValueError(f"{data.path}: no metric {metric!r}; the zoo has {', '.join(zoo.metrics)}")
     for shard in zoo.shards.values():
         shard.file.check()
-    runs = np.intersect1d(zoo.split("train"), zoo.filter().kept)[: data.max_train_runs]
+    runs = _good_runs(zoo, metric)[: data.max_train_runs]
     stats = zoo.stats(runs=runs)
     coeff = data.openai_coeff or 0.538 / stats.overall_std
     dataset = ParameterDataset(
@@ -166,6 +167,20 @@ def prepare(config: Config, zoo: Zoo, task: Task, device: torch.device) -> tuple
         units=UnitTokens.from_symmetry(task.symmetry()) if units else None,
     )
     return dataset, info
+
+
+def _good_runs(zoo: Zoo, metric: str) -> np.ndarray:
+    """Training runs whose weights are finite and small and whose metric is known at every checkpoint."""
+    runs, filtered = zoo.split("train"), zoo.filter()
+    lengths = np.array([run.checkpoints for run in zoo.runs])
+    known = np.flatnonzero(np.isfinite(zoo.metrics[metric].padded()).sum(1) == lengths)
+    good = np.intersect1d(np.intersect1d(runs, filtered.kept), known)
+    if len(good) < len(runs):
+        reasons = [f"{count} {reason}" for reason, count in filtered.dropped.items() if count]
+        reasons += [f"{len(zoo) - len(known)} without a finite {metric} at every checkpoint"]
+        message = "%s: %d of %d training runs are left out (in the whole zoo: %s)"
+        logging.getLogger(__name__).warning(message, zoo.path, len(runs) - len(good), len(runs), ", ".join(reasons))
+    return good
 
 
 def _permuter(task: Task) -> Permuter:
@@ -276,14 +291,10 @@ class Training:
 
     def write_log(self, log: Path, bar: tqdm, seconds: float) -> None:
         """Append the means since the last line."""
+        self.check()
         loss, mse, count = self.sums.tolist()
         self.sums.zero_()
         self.last_loss = loss / count
-        if not math.isfinite(self.last_loss):
-            raise ValueError(
-                f"the training loss is {self.last_loss} at step {self.step}; lower train.base_lr "
-                f"({self.optim.base_lr}) or use train.precision=fp32"
-            )
         line = {
             "step": self.step,
             "epoch": self.step / self.per_epoch,
@@ -296,8 +307,18 @@ class Training:
             file.write(json.dumps(line) + "\n")
         bar.set_postfix(loss=f"{self.last_loss:.4f}")
 
+    def check(self) -> None:
+        """Stop a training that has diverged, before it overwrites the last good state."""
+        loss = self.sums[0].item()
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the training loss is {loss} at step {self.step}; lower train.base_lr ({self.optim.base_lr}) or use "
+                "train.precision=fp32"
+            )
+
     def save(self, path: Path) -> None:
         """Write everything that :meth:`load` needs to go on."""
+        self.check()
         save_training(path, **self._parts(), progress={"step": self.step, "sums": self.sums, "loss": self.last_loss})
 
     def load(self, path: Path) -> None:
