@@ -10,7 +10,8 @@ from safetensors import safe_open
 from support.reliability import flip_bit, flip_every_bit, truncate
 from torch import nn
 from zoo_common import ParameterLayout, Run, Zoo
-from zoo_common.zoo import read_document, split_of
+from zoo_common.index import split_of
+from zoo_common.manifest import read_document
 
 LENGTHS = {"a": 3, "b": 1, "c": 5, "d": 3}
 

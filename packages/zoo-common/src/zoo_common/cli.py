@@ -68,7 +68,8 @@ def inspect(config: InspectConfig) -> None:
     """Print the summary of a zoo."""
     import numpy as np
 
-    from zoo_common.zoo import SPLITS, Zoo
+    from zoo_common.index import SPLITS
+    from zoo_common.zoo import Zoo
 
     zoo = Zoo.open(config.zoo)
     metrics = {}

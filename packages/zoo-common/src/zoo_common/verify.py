@@ -9,6 +9,7 @@ import numpy as np
 
 from zoo_common.files import visible_files
 from zoo_common.layout import ParameterLayout
+from zoo_common.manifest import read_document, read_layout
 from zoo_common.shard import Shard
 
 
@@ -32,8 +33,6 @@ def verify_zoo(path: str | Path) -> Report:
         FileNotFoundError: There is no zoo.
         ValueError: ``zoo.json`` or the default layout is damaged.
     """
-    from zoo_common.zoo import read_document, read_layout
-
     path = Path(path)
     default = read_document(path)["layout"]
     layouts: dict[str, ParameterLayout] = {default: read_layout(path, default)}

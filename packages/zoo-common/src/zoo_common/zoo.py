@@ -10,48 +10,28 @@ Shapes: R runs in the zoo, C checkpoints of a run (runs may differ), D parameter
 A shard exists whole or not at all, so writers need no locks and a killed one loses only the shard it was writing.
 """
 
-import bisect
-import hashlib
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from zoo_common.files import atomic_write, read_json, visible_files, write_json
+from zoo_common.files import visible_files
+from zoo_common.index import SPLITS, Column, Index, Indices, Metrics, Params, RunInfo
 from zoo_common.layout import ParameterLayout
+from zoo_common.manifest import DTYPES, FORMAT, VERSION, read_document, read_layout, write_document, write_layout
 from zoo_common.shard import Run, Shard, check_name, write_shard
 from zoo_common.statistics import Filtered, Moments, ZooStats
 from zoo_common.verify import Report, verify_zoo
 
 __all__ = ["Pairs", "Run", "RunInfo", "Zoo"]
-
-SPLITS = ("train", "validation", "test")
-_FORMAT = "weightspace-zoo"
-_VERSION = 1
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-Indices = np.ndarray | Tensor | Sequence[int]
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """What the headers tell about a run."""
-
-    id: str
-    split: str
-    """``train``, ``validation`` or ``test``."""
-    config: dict[str, Any]
-    checkpoints: int
-    shard: str
 
 
 class Pairs(NamedTuple):
@@ -60,158 +40,6 @@ class Pairs(NamedTuple):
     run: np.ndarray
     start: np.ndarray
     target: np.ndarray
-
-
-def split_of(run_id: str, fractions: Sequence[float]) -> str:
-    """Split of a run: a hash of its id, uniform in [0, 1), against the cumulative fractions."""
-    draw = int.from_bytes(hashlib.sha256(run_id.encode()).digest()[:6]) / 2**48
-    position = sum(draw >= bound for bound in np.cumsum(fractions)[:-1])
-    return SPLITS[position]
-
-
-class _Index:
-    """Runs of one layout, numbered through all shards; a row is a checkpoint, numbered likewise."""
-
-    def __init__(self, shards: Sequence[Shard], fractions: Sequence[float]) -> None:
-        self.shards = tuple(shards)
-        self.bounds = np.cumsum([0, *(len(shard) for shard in shards)])
-        """(shards + 1,) first row of every shard."""
-        self.lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(shard.offsets) for shard in shards)])
-        """(R,) checkpoints per run."""
-        self.starts = np.cumsum([0, *self.lengths])
-        """(R + 1,) first row of every run."""
-        entries = [
-            (i, config, shard) for shard in shards for i, config in zip(shard.run_ids, shard.configs, strict=True)
-        ]
-        self.runs = tuple(
-            RunInfo(run_id, split_of(run_id, fractions), config, int(length), shard.name)
-            for (run_id, config, shard), length in zip(entries, self.lengths, strict=True)
-        )
-        self.positions = {run.id: position for position, run in enumerate(self.runs)}
-
-    def position(self, run: int | str) -> int:
-        """Index of a run given by its index (may be negative) or its id."""
-        if isinstance(run, str):
-            if run not in self.positions:
-                raise KeyError(f"there is no run {run!r} in the zoo")
-            return self.positions[run]
-        if not -len(self.runs) <= run < len(self.runs):
-            raise IndexError(f"run {run} is out of range: the zoo has {len(self.runs)} runs")
-        return int(run) % len(self.runs)
-
-    def rows(self, runs: Indices, checkpoints: Indices) -> np.ndarray:
-        """Rows of (run, checkpoint) pairs, both (B,) or broadcastable; checkpoints may be negative."""
-        run, checkpoint = np.broadcast_arrays(np.asarray(runs, np.int64), np.asarray(checkpoints, np.int64))
-        if run.size and not (-len(self.runs) <= run.min() and run.max() < len(self.runs)):
-            raise IndexError(f"runs {run.min()} to {run.max()} are out of range: the zoo has {len(self.runs)} runs")
-        lengths = self.lengths[run]
-        if (bad := (checkpoint < -lengths) | (checkpoint >= lengths)).any():
-            first = bad.argmax()
-            name, count = self.runs[run.flat[first]].id, lengths.flat[first]
-            raise IndexError(f"checkpoint {checkpoint.flat[first]} is out of range: run {name!r} has {count}")
-        return self.starts[:-1][run] + checkpoint % lengths
-
-    def locate(self, row: int) -> tuple[Shard, int]:
-        """Shard of a row, and its first row."""
-        shard = bisect.bisect_right(self.bounds, row) - 1
-        return self.shards[shard], int(self.bounds[shard])
-
-
-class Column:
-    """One number per checkpoint: ``column[run]`` (C,), ``column[run, checkpoint]`` or :meth:`gather`."""
-
-    def __init__(self, index: _Index, values: np.ndarray) -> None:
-        """Values in row order."""
-        self._index = index
-        self._values = values
-
-    @overload
-    def __getitem__(self, key: int | str) -> np.ndarray: ...
-    @overload
-    def __getitem__(self, key: tuple[int | str, int]) -> Any: ...  # noqa: ANN401
-    def __getitem__(self, key: int | str | tuple[int | str, int]) -> Any:
-        """Values of a run (C,), or of one checkpoint; the run by index or id."""
-        if isinstance(key, tuple):
-            return self._values[self._index.rows([self._index.position(key[0])], [key[1]])[0]]
-        run = self._index.position(key)
-        return self._values[self._index.starts[run] : self._index.starts[run + 1]]
-
-    def gather(self, runs: Indices, checkpoints: Indices) -> np.ndarray:
-        """Values of (run, checkpoint) pairs, (B,)."""
-        return self._values[self._index.rows(runs, checkpoints)]
-
-    def padded(self) -> np.ndarray:
-        """(R, largest C) float64, NaN where a run has no further checkpoint."""
-        lengths = self._index.lengths
-        inside = np.arange(lengths.max(initial=0)) < lengths[:, None]
-        table = np.full(inside.shape, np.nan)
-        table[inside] = self._values
-        return table
-
-
-class Metrics(Mapping[str, Column]):
-    """Metric name to :class:`Column`; NaN for runs without that metric."""
-
-    def __init__(self, index: _Index) -> None:
-        """Metrics of the runs of an index."""
-        self._index = index
-        self._columns: dict[str, Column] = {}
-        self._names = list(dict.fromkeys(name for shard in index.shards for name in shard.metric_names))
-
-    def __getitem__(self, name: str) -> Column:
-        """The column of a metric, read when first asked for."""
-        if name not in self._names:
-            raise KeyError(f"there is no metric {name!r} in the zoo; it has {', '.join(self._names) or 'none'}")
-        if name not in self._columns:
-            parts = [
-                shard.column(f"metrics/{name}") if name in shard.metric_names else np.full(len(shard), np.nan)
-                for shard in self._index.shards
-            ]
-            self._columns[name] = Column(self._index, np.concatenate(parts))
-        return self._columns[name]
-
-    def __iter__(self) -> Iterator[str]:
-        """Names, in order of first appearance."""
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        """Number of metrics."""
-        return len(self._names)
-
-
-class Params:
-    """Parameter vectors: ``params[run]`` (C, D), ``params[run, checkpoint]`` (D,), mapped; or :meth:`gather`."""
-
-    def __init__(self, index: _Index, size: int) -> None:
-        """Vectors of the runs of an index."""
-        self._index = index
-        self._size = size
-
-    def __getitem__(self, key: int | str | tuple[int | str, int]) -> Tensor:
-        """Vectors of a run, or of one checkpoint (may be negative), in the stored dtype, without a copy."""
-        run = self._index.position(key[0] if isinstance(key, tuple) else key)
-        shard, first = self._index.locate(int(self._index.starts[run]))
-        if isinstance(key, tuple):
-            return shard.params[int(self._index.rows([run], [key[1]])[0]) - first]
-        return shard.params[int(self._index.starts[run]) - first : int(self._index.starts[run + 1]) - first]
-
-    def gather(self, runs: Indices, checkpoints: Indices) -> Tensor:
-        """Vectors of (run, checkpoint) pairs, (B, D) float32; one indexed copy per shard that is touched."""
-        rows = self._index.rows(runs, checkpoints)
-        shards = np.searchsorted(self._index.bounds, rows, side="right") - 1
-        touched = np.unique(shards)
-        if len(touched) == 1:
-            return self._select(touched[0], rows)
-        out = torch.empty(len(rows), self._size)
-        for shard in touched:
-            entries = np.flatnonzero(shards == shard)
-            out.index_copy_(0, torch.from_numpy(entries), self._select(shard, rows[entries]))
-        return out
-
-    def _select(self, shard: int, rows: np.ndarray) -> Tensor:
-        """Rows of one shard, copied."""
-        local = torch.from_numpy(rows - self._index.bounds[shard])
-        return self._index.shards[shard].params.index_select(0, local).float()
 
 
 class Zoo:
@@ -227,7 +55,7 @@ class Zoo:
         self.task: str | None = document["task"]
         self.creator: str = document["creator"]
         self.fractions: tuple[float, float, float] = tuple(document["split"])
-        self.dtype: torch.dtype = _DTYPES[document["dtype"]]
+        self.dtype: torch.dtype = DTYPES[document["dtype"]]
         self.attributes: dict[str, Any] = document["attributes"]
         self._document = document
         self.shards: dict[str, Shard] = {}
@@ -266,11 +94,11 @@ class Zoo:
         """
         if len(split) != 3 or min(split) < 0 or abs(sum(split) - 1) > 1e-9:
             raise ValueError(f"split must be three fractions that sum to 1, got {tuple(split)}")
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         document = {
-            "format": _FORMAT,
-            "version": _VERSION,
+            "format": FORMAT,
+            "version": VERSION,
             "task": task,
             "creator": creator or f"zoo-common {version('zoo-common')}",
             "layout": layout.id,
@@ -291,8 +119,8 @@ class Zoo:
             return zoo
         for folder in ("layouts", "shards"):
             (path / folder).mkdir(parents=True, exist_ok=True)
-        _write_layout(path, layout)
-        write_json(path / "zoo.json", document | {"sha256": _digest(document)})
+        write_layout(path, layout)
+        write_document(path, document)
         return cls(path, document, layout)
 
     @classmethod
@@ -310,7 +138,7 @@ class Zoo:
     def with_layout(self, layout: ParameterLayout | str) -> "Zoo":
         """The same zoo, showing (and appending) the runs of another layout, given itself or by its id."""
         if isinstance(layout, ParameterLayout):
-            _write_layout(self.path, layout)
+            write_layout(self.path, layout)
         else:
             layout = read_layout(self.path, layout)
         return Zoo(self.path, self._document, layout)
@@ -377,9 +205,9 @@ class Zoo:
             known[run_id] = shard
 
     @cached_property
-    def _index(self) -> _Index:
+    def _index(self) -> Index:
         own = [shard for _, shard in sorted(self.shards.items()) if shard.layout_id == self.layout.id]
-        return _Index(own, self.fractions)
+        return Index(own, self.fractions)
 
     @property
     def runs(self) -> tuple[RunInfo, ...]:
@@ -499,57 +327,6 @@ class Zoo:
     def verify(self) -> Report:
         """Read everything and check sums, structure and finite values (see :func:`zoo_common.verify.verify_zoo`)."""
         return verify_zoo(self.path)
-
-
-def read_document(path: Path) -> dict[str, Any]:
-    """The content of ``zoo.json``.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is damaged, something else, or of a newer format.
-    """
-    if not (path / "zoo.json").is_file():
-        raise FileNotFoundError(f"there is no zoo in {path} (no zoo.json): check the path, or make one there first")
-    document = read_json(path / "zoo.json")
-    if not isinstance(document, dict) or document.get("format") != _FORMAT or "version" not in document:
-        raise ValueError(f"{path / 'zoo.json'} does not describe a zoo")
-    if document["version"] != _VERSION:
-        raise ValueError(
-            f"{path} has format version {document['version']}, this zoo-common reads {_VERSION}: upgrade it"
-        )
-    if document.pop("sha256", None) not in (None, _digest(document)):
-        raise ValueError(
-            f"{path / 'zoo.json'} is damaged (wrong SHA-256): restore it from another copy, or, if it was edited on "
-            "purpose, remove its entry 'sha256'"
-        )
-    missing = {"task", "creator", "layout", "split", "dtype", "attributes"} - document.keys()
-    if missing or document["dtype"] not in _DTYPES:
-        raise ValueError(
-            f"{path / 'zoo.json'} is damaged: {', '.join(sorted(missing)) or 'dtype'} is missing or unknown"
-        )
-    return document
-
-
-def read_layout(path: Path, layout_id: str) -> ParameterLayout:
-    """A layout of the zoo in ``path``, by its id, checked against it."""
-    file = path / "layouts" / f"{layout_id}.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"the zoo in {path} has no layout {layout_id!r} ({file} is missing)")
-    layout = ParameterLayout.from_json(json.dumps(read_json(file)))
-    if layout.id != layout_id:
-        raise ValueError(f"{file} is damaged: its content has the id {layout.id}: restore it from another copy")
-    return layout
-
-
-def _write_layout(path: Path, layout: ParameterLayout) -> None:
-    file = path / "layouts" / f"{layout.id}.json"
-    if not file.exists():
-        with atomic_write(file) as temporary:
-            temporary.write_text(layout.to_json() + "\n")
-
-
-def _digest(document: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(config: Mapping[str, object]) -> Any:  # noqa: ANN401

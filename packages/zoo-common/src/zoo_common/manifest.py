@@ -1,0 +1,74 @@
+"""What a zoo says of itself: ``zoo.json`` and ``layouts/<id>.json``."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo_common.files import atomic_write, read_json, write_json
+from zoo_common.layout import ParameterLayout
+
+FORMAT = "weightspace-zoo"
+VERSION = 1
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""How parameters may be stored."""
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The content of ``zoo.json``.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged, something else, or of a newer format.
+    """
+    if not (path / "zoo.json").is_file():
+        raise FileNotFoundError(f"there is no zoo in {path} (no zoo.json): check the path, or make one there first")
+    document = read_json(path / "zoo.json")
+    if not isinstance(document, dict) or document.get("format") != FORMAT or "version" not in document:
+        raise ValueError(f"{path / 'zoo.json'} does not describe a zoo")
+    if document["version"] != VERSION:
+        raise ValueError(
+            f"{path} has format version {document['version']}, this zoo-common reads {VERSION}: upgrade it"
+        )
+    if document.pop("sha256", None) not in (None, _digest(document)):
+        raise ValueError(
+            f"{path / 'zoo.json'} is damaged (wrong SHA-256): restore it from another copy, or, if it was edited on "
+            "purpose, remove its entry 'sha256'"
+        )
+    missing = {"task", "creator", "layout", "split", "dtype", "attributes"} - document.keys()
+    if missing or document["dtype"] not in DTYPES:
+        raise ValueError(
+            f"{path / 'zoo.json'} is damaged: {', '.join(sorted(missing)) or 'dtype'} is missing or unknown"
+        )
+    return document
+
+
+def write_document(path: Path, document: Mapping[str, object]) -> None:
+    """Write ``zoo.json`` with its checksum."""
+    write_json(path / "zoo.json", {**document, "sha256": _digest(document)})
+
+
+def read_layout(path: Path, layout_id: str) -> ParameterLayout:
+    """A layout of the zoo in ``path``, by its id, checked against it."""
+    file = path / "layouts" / f"{layout_id}.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"the zoo in {path} has no layout {layout_id!r} ({file} is missing)")
+    layout = ParameterLayout.from_json(json.dumps(read_json(file)))
+    if layout.id != layout_id:
+        raise ValueError(f"{file} is damaged: its content has the id {layout.id}: restore it from another copy")
+    return layout
+
+
+def write_layout(path: Path, layout: ParameterLayout) -> None:
+    """Store a layout under its id, unless it is there."""
+    file = path / "layouts" / f"{layout.id}.json"
+    if not file.exists():
+        with atomic_write(file) as temporary:
+            temporary.write_text(layout.to_json() + "\n")
+
+
+def _digest(document: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
