@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what a type checker sees
     from zoo_common.tasks import Task as Task
     from zoo_common.tasks import get_task as get_task
     from zoo_common.tasks import task_names as task_names
+    from zoo_common.tokens import ChannelTokenizer as ChannelTokenizer
     from zoo_common.tokens import LayerTokenizer as LayerTokenizer
     from zoo_common.zoo import Pairs as Pairs
     from zoo_common.zoo import Run as Run
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # what a type checker sees
     from zoo_common.zoo import Zoo as Zoo
 
 _MODULE_OF = {
+    "ChannelTokenizer": "tokens",
     "Checkpoint": "checkpoint",
     "LayerTokenizer": "tokens",
     "Pairs": "zoo",
