@@ -256,8 +256,8 @@ def _load_pickles(stream: _Stream) -> Any:  # noqa: ANN401
         return storages[key][1]
 
     content, instructions = _Machine(stream, storage).run()
-    for key in _Machine(stream).run()[0]:
-        buffer, tensor = storages.pop(key)
+    for key in _items(_Machine(stream).run()[0]):
+        buffer, tensor = storages.pop(str(_key(key)))
         if int.from_bytes(stream.read(8), "little") != tensor.numel():
             raise ValueError(f"storage {key} does not hold the declared {tensor.numel()} elements")
         stream.fill_into(buffer)
@@ -285,9 +285,16 @@ class _JoblibArray:
     """Announces an array whose bytes follow in the stream."""
 
 
+def _items(values: Any) -> Any:  # noqa: ANN401
+    """The same list or tuple; anything else (a tensor would become one object per element) is not iterated over."""
+    if type(values) not in (list, tuple, torch.Size):
+        raise TypeError(f"a {type(values).__name__} where a list is expected")
+    return values
+
+
 def _sizes(values: Iterable[int]) -> tuple[int, ...]:
-    sizes = tuple(values)
-    if any(type(n) is not int or n < 0 for n in sizes):
+    sizes = tuple(_items(values))
+    if len(sizes) > 64 or any(type(n) is not int or not 0 <= n < 2**63 for n in sizes):
         raise ValueError("a shape, stride or offset is no natural number")
     return sizes
 
@@ -296,14 +303,21 @@ def _tensor(
     storage: Tensor, offset: int, shape: Iterable[int], stride: Iterable[int], requires_grad: bool = False, *_: object
 ) -> Tensor:
     shape, stride, (offset,) = _sizes(shape), _sizes(stride), _sizes([offset])
-    if not isinstance(storage, Tensor) or math.prod(shape) > storage.numel():
-        raise ValueError(f"a tensor of shape {shape} does not fit in its storage")
-    tensor = storage.as_strided(shape, stride, offset)  # refuses to reach beyond the storage
-    return tensor.requires_grad_() if requires_grad else tensor
+    last = offset + sum(step * (n - 1) for step, n in zip(stride, shape, strict=True) if n)
+    if (
+        not isinstance(storage, Tensor)
+        or math.prod(shape) > storage.numel()
+        or (all(shape) and last >= storage.numel())
+    ):
+        raise ValueError(f"a tensor of shape {shape} and stride {stride} does not fit in its storage")
+    tensor = storage.as_strided(shape, stride, offset)
+    return tensor.requires_grad_() if requires_grad is True else tensor
 
 
 def _tensor_of_bytes(storage: Tensor, *arguments: Any) -> Tensor:  # noqa: ANN401
     *place, _, dtype = arguments[:6]
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError("the type of a tensor is no torch.dtype")
     return _tensor(storage.view(dtype), *place)
 
 
@@ -314,7 +328,7 @@ def _parameter(data: Tensor, requires_grad: bool = True, *_: object) -> nn.Param
 def _like(function: _Global, _: object, arguments: tuple[Any, ...], *__: object) -> Tensor:
     if function.make not in (_tensor, _tensor_of_bytes, _parameter):
         raise ValueError(f"{function.name} builds no tensor")
-    return function.make(*arguments)
+    return function.make(*_items(arguments))
 
 
 def _dtype(code: str, *_: object) -> np.dtype[Any]:
@@ -323,7 +337,7 @@ def _dtype(code: str, *_: object) -> np.dtype[Any]:
     return np.dtype(code, False, True)  # a copy, which its state may change
 
 
-def _array(dtype: np.dtype[Any], shape: Iterable[int], content: bytes | list[Any], fortran: bool) -> tuple[Any, ...]:
+def _array(dtype: np.dtype[Any], shape: Iterable[int], content: Any, fortran: bool) -> tuple[Any, ...]:  # noqa: ANN401
     """The checked state of an array; of an array of objects these are a list of scalars."""
     shape = _sizes(shape)
     if dtype.hasobject and not (
@@ -332,6 +346,8 @@ def _array(dtype: np.dtype[Any], shape: Iterable[int], content: bytes | list[Any
         raise _Refused(
             "holds an array of objects that are no strings or numbers: ask its author for a safetensors file"
         )
+    if not dtype.hasobject and type(content) not in (bytes, bytearray):
+        raise TypeError("the content of an array is no bytes")
     if math.prod(shape) * (1 if dtype.hasobject else dtype.itemsize) != len(content):
         raise ValueError(f"an array of shape {shape} has {len(content)} bytes or elements")
     return 1, shape, dtype, fortran is True, content
@@ -354,7 +370,7 @@ def _raw(content: Any) -> Any:  # noqa: ANN401
 
 
 def _set(kind: type[Any]) -> Callable[..., Any]:
-    return lambda items=(): kind(map(_key, items))
+    return lambda items=(): kind(map(_key, _items(items)))
 
 
 def _key(value: object) -> object:
@@ -380,13 +396,13 @@ _STORAGES = {
     "ShortStorage": torch.int16,
 }
 _GLOBALS: dict[str, Callable[..., Any] | None] = {
-    "_codecs.encode": lambda text, encoding: bytes(text, {"latin1": "latin1"}[encoding]),
+    "_codecs.encode": lambda text, encoding: bytes(text, "latin1"),  # the only encoding that pickle writes
     "argparse.Namespace": Namespace,
-    "collections.OrderedDict": lambda items=(): OrderedDict((_key(k), v) for k, v in items),
+    "collections.OrderedDict": lambda items=(): OrderedDict((_key(k), v) for k, v in map(_items, _items(items))),
     "joblib.numpy_pickle.NumpyArrayWrapper": _JoblibArray,
     "numpy.dtype": _dtype,
     "numpy.ndarray": None,
-    "torch.device": lambda *place: torch.device(*place),
+    "torch.device": lambda kind, index=None: torch.device(str.lower(kind), *([] if index is None else _sizes([index]))),
     "torch.Size": lambda sizes: torch.Size(_sizes(sizes)),
     "torch.Tensor": None,
     "torch._tensor._rebuild_from_type_v2": _like,
@@ -408,6 +424,8 @@ _GLOBALS: dict[str, Callable[..., Any] | None] = {
 
 def _find(module: str, name: str) -> object:
     """What a file means by a name; the only place where names of a file are looked up."""
+    if type(module) is not str or type(name) is not str:
+        raise TypeError("a name that is no text")
     if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
         return dtype
     if module in ("torch", "torch.cuda") and name in _STORAGES:
@@ -440,7 +458,7 @@ _LITERALS = {
     op.name
     for op in pickletools.opcodes
     if op.arg and not op.stack_before and op.stack_after and op.stack_after[0] is not pickletools.anyobject
-} - {"LONG4"}  # an integer of more than 255 bytes
+} - {"LONG4", "STRING"}  # integers of more than 255 bytes; text that must be evaluated
 _COLLECT: dict[str, Callable[[list[Any]], object]] = {
     "FROZENSET": _set(frozenset),
     "LIST": list,
@@ -498,11 +516,11 @@ class _Machine:
             self._stack = []
         elif name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS"):
             self._extend(name)
-        elif name in ("GLOBAL", "INST"):
+        elif name == "GLOBAL":
             stack.append(_find(*argument.split(" ", 1)))
         elif name == "STACK_GLOBAL":
             attribute, module = stack.pop(), stack.pop()
-            stack.append(_find(str(module), str(attribute)))
+            stack.append(_find(module, attribute))
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, function = stack.pop(), stack.pop()
             stack.append(self._call(function, arguments))
@@ -512,6 +530,8 @@ class _Machine:
         elif name == "BINPERSID":
             stack.append(self._persistent(stack.pop()))
         elif name not in ("PROTO", "FRAME", "STOP"):
+            if name == "INST":
+                _find(*argument.split(" ", 1))
             raise _Refused(f"uses the pickle instruction {name}, which no weight file needs: nothing was run")
 
     def _to_mark(self) -> list[Any]:
@@ -543,31 +563,43 @@ class _Machine:
             return _load_pickles(_Stream(io.BytesIO(content), len(content), self._stream.budget))
         if function.make is None:
             raise TypeError(f"a call of {function.name}")
+        self._charge_copies(arguments)
         return function.make(*arguments)
+
+    def _charge_copies(self, values: tuple[Any, ...]) -> None:
+        """Values on their way into a new object: one that is stored once can be copied many times."""
+        for value in values:
+            if type(value) in (bytes, bytearray, str):
+                self._stream.budget.charge(len(value))
+            elif type(value) in (list, tuple, dict, OrderedDict, set):
+                self._stream.budget.charge(128 * len(value))
 
     def _persistent(self, name: Any) -> Tensor:  # noqa: ANN401
         if self._storage is None:
             raise _Refused("refers to persistent objects outside of a torch file: nothing was run")
-        tag, kind, key, _, numel, *view = name
-        if tag != "storage" or type(kind) is not _Global or type(key) is not str or any(view):
-            raise _Refused(f"refers to a persistent object {_shown(str(tag))} that is no storage: nothing was run")
+        tag, kind, key, _, numel, *view = _items(name)
+        if tag != "storage" or type(kind) is not _Global or type(key) is not str or view not in ([], [None]):
+            raise _Refused("refers to a persistent object that is no storage: nothing was run")
         return self._storage(kind, key, *_sizes([numel]))
 
     def _build(self, value: Any, state: Any) -> Any:  # noqa: ANN401
         """Give a value its state; only known kinds have one."""
+        self._charge_copies(state if type(state) is tuple else (state,))
         match value:
-            case Namespace() if all(type(name) is str and not name.startswith("__") for name in state):
+            case Namespace() if type(state) is dict and all(
+                type(name) is str and not name.startswith("__") for name in state
+            ):
                 vars(value).update(state)
             case OrderedDict():
-                vars(value).update({"_metadata": state["_metadata"]} if "_metadata" in state else {})
+                vars(value).update({"_metadata": state["_metadata"]} if "_metadata" in dict(state) else {})
             case np.dtype():
                 order, names = state[1], state[2:5]
-                if any(part is not None for part in names):
+                if type(order) is not str or order not in "<>|=" or any(part is not None for part in names):
                     raise _Refused("holds a structured array: ask its author for a safetensors file")
                 extended = (value.itemsize, value.alignment) if value.kind in "SU" else (-1, -1)
                 value.__setstate__((3, order, None, None, None, *extended, value.flags))  # type: ignore[attr-defined]
             case np.ndarray():
-                _, shape, dtype, fortran, content = state
+                _, shape, dtype, fortran, content = _items(state)
                 value.__setstate__(_array(dtype, shape, _raw(content), fortran))
             case _JoblibArray():
                 return self._joblib_array(**state)
@@ -586,7 +618,10 @@ class _Machine:
     ) -> np.ndarray[Any, Any]:
         """The array whose bytes (of objects: whose pickle) follow in the stream."""
         if dtype.hasobject:
-            return _Machine(self._stream).run()[0]
+            array = _Machine(self._stream).run()[0]
+            if not isinstance(array, np.ndarray):
+                raise TypeError("an array of objects is no array")
+            return array
         if numpy_array_alignment_bytes is not None:
             self._stream.read(self._stream.read(1)[0])
         content = self._stream.fill(math.prod(_sizes(shape)) * dtype.itemsize)
