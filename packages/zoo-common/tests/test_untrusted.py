@@ -1,11 +1,9 @@
 import argparse
 import bz2
-import collections
 import gzip
 import io
 import lzma
 import pickle
-import resource
 import struct
 import subprocess
 import sys
@@ -19,7 +17,6 @@ import torch
 from torch import nn
 from zoo_common import load_untrusted
 
-NEUTRAL = {"compress": bytes, "zlib": zlib.compress, "gzip": gzip.compress, "bz2": bz2.compress}
 CODECS = {
     "plain": bytes,
     "zlib": zlib.compress,
@@ -236,7 +233,7 @@ CALLS = {  # instructions that would leave a file CANARY behind, and the name th
     "open": (call("builtins", "open", "CANARY", "w"), "builtins.open"),
     "io.open": (call("io", "open", "CANARY", "w"), "io.open"),
     "path": (call("pathlib", "Path.touch", "CANARY"), "pathlib.Path.touch"),
-    "getattr": (call("builtins", "getattr", b"cos\n_wrap_close\n", "system"), "os._wrap_close"),
+    "getattr": (call("builtins", "getattr", b"cos\n_wrap_close\n", "system"), "builtins.getattr"),
     "getattr first": (call("builtins", "getattr", b"]", "append"), "builtins.getattr"),
     "import": (call("builtins", "__import__", "os"), "builtins.__import__"),
     "importlib": (call("importlib", "import_module", "antigravity"), "importlib.import_module"),
@@ -250,9 +247,9 @@ CALLS = {  # instructions that would leave a file CANARY behind, and the name th
     "torch dotted": (call("torch", "os.system", COMMAND), "torch.os.system"),
     "numpy": (call("numpy.testing._private.utils", "runstring", CODE, b"}"), "runstring"),
     "numpy.load": (call("numpy", "load", "CANARY"), "numpy.load"),
-    "partial": (call("functools", "partial", b"cos\nsystem\n", COMMAND), "os.system"),
-    "map": (call("builtins", "map", b"cbuiltins\neval\n"), "builtins.eval"),
-    "copyreg": (call("copyreg", "_reconstructor", b"cbuiltins\nlist\n"), "builtins.list"),
+    "partial": (call("functools", "partial", b"cos\nsystem\n", COMMAND), "functools.partial"),
+    "map": (call("builtins", "map", b"cbuiltins\neval\n"), "builtins.map"),
+    "copyreg": (call("copyreg", "_reconstructor", b"cbuiltins\nlist\n"), "copyreg._reconstructor"),
     "methodcaller": (call("operator", "methodcaller", "system", COMMAND), "operator.methodcaller"),
     "types": (call("types", "CodeType", b"K\x00"), "types.CodeType"),
     "shutil": (call("shutil", "rmtree", "CANARY"), "shutil.rmtree"),
@@ -370,19 +367,14 @@ def test_the_hostile_files_work_where_pickles_are_run(tmp_path, monkeypatch, nam
 
 @pytest.mark.parametrize("member", ["../CANARY", "/tmp/CANARY", "archive/../../CANARY", "archive\\..\\CANARY"])
 def test_members_that_point_out_of_a_zip_file_are_refused(tmp_path, monkeypatch, member):
-    content = in_zip(b"N", name="archive/" + "x" * (len(member) - 8) if len(member) > 8 else member)
     content = in_zip(b"N", name=member)
     assert "points out of it" in refuse(tmp_path, monkeypatch, content)
 
 
-def rebuilt(arguments, key="0", numel=2, kind=b"ctorch\nFloatStorage\n"):
+def tensor(offset, shape, stride, key="0", numel=2, kind=b"ctorch\nFloatStorage\n"):
     storage = b"(" + text("storage") + kind + text(key) + text("cpu") + b"J" + struct.pack("<i", numel) + b"tQ"
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + pickle.dumps(arguments, 2)[3:-1].replace(b"(", b"", 0)
-
-
-def tensor(offset, shape, stride, **options):
-    parts = b"".join(pickle.dumps(part, 2)[2:-1] for part in (offset, shape, stride, False, {}))
-    return rebuilt((), **options)[: -len(pickle.dumps((), 2)[3:-1]) or None] + parts + b"tR"
+    rest = b"".join(pickle.dumps(part, 2)[2:-1] for part in (offset, shape, stride, False, {}))
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + rest + b"tR"
 
 
 TYPED = {
@@ -442,13 +434,6 @@ def test_no_file_breaks_the_reader(tmp_path, monkeypatch, name):
     assert reason in refuse(tmp_path, monkeypatch, content)
 
 
-BOMBS = {
-    "zlib of an array": lambda: zlib.compress(
-        program(wrapper({"shape": (2**29,), "order": "C", "dtype": np.dtype("u1")}) + bytes(2**29)), 1
-    ),
-}
-
-
 def test_a_larger_file_needs_more_bytes(tmp_path):
     path = tmp_path / "a.joblib"
     path.write_bytes(zlib.compress(joblib_bytes({"zeros": np.zeros(10**6)})))
@@ -459,23 +444,23 @@ def test_a_larger_file_needs_more_bytes(tmp_path):
 
 def test_memory_stays_bounded(tmp_path):
     """One process reads bombs in a limited address space; each is refused, and none takes what it declares."""
-    limit = 2**25
+    limit = 2**24
     unit = zlib.compressobj(1)
-    zeros = b"".join([unit.compress(bytes(2**20)) for _ in range(256)] + [unit.flush()])
+    zeros = b"".join([unit.compress(bytes(2**20)) for _ in range(64)] + [unit.flush()])
     array = wrapper({"shape": (2**28,), "order": "C", "dtype": np.dtype("u1")})
     head = program(array)[:-1]
     packed = zlib.compressobj(1)
-    big = packed.compress(head) + b"".join(packed.compress(bytes(2**20)) for _ in range(128)) + packed.flush()
+    big = packed.compress(head) + b"".join(packed.compress(bytes(2**20)) for _ in range(64)) + packed.flush()
     ordered = b"ccollections\nOrderedDict\nq\x00"
     encode = b"c_codecs\nencode\nq\x00" + text("x" * 2**16) + b"q\x01" + text("latin1") + b"q\x020"
     bombs = {
         "zlib of zeros": zeros,
         "zlib of an array": big,
-        "xz": lzma.compress(head + bytes(2**26), preset=0),
-        "bz2": bz2.compress(head + bytes(2**26)),
-        "dicts": zlib.compress(program(b"}" * 2**21), 1),
-        "marks": zlib.compress(program(b"(" * 2**21), 1),
-        "objects": zlib.compress(program(ordered + b"h\x00)R" * 2**18), 1),
+        "xz": lzma.compress(head + bytes(2**25), preset=0),
+        "bz2": bz2.compress(head + bytes(2**25)),
+        "dicts": zlib.compress(program(b"}" * 2**19), 1),
+        "marks": zlib.compress(program(b"(" * 2**19), 1),
+        "objects": zlib.compress(program(ordered + b"h\x00)R" * 2**15), 1),
         "copies": zlib.compress(program(encode.removesuffix(b"0") + b"h\x00h\x01h\x02\x86R" * 2**12), 1),
         "memo": program(b"Nr\xff\xff\xff\xff"),
         "directory": b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 65535, 65535, 2**26, 0, 0),

@@ -13,6 +13,7 @@ import lzma
 import math
 import pickletools
 import re
+import sys
 import zipfile
 import zlib
 from argparse import Namespace
@@ -132,9 +133,11 @@ class _Stream:
         return line
 
     def check(self, size: int) -> int:
-        """The same size, if so many bytes can follow."""
+        """The same size, if so many bytes can follow and may be taken."""
         if not 0 <= size <= self.left:
             raise EOFError(f"declares {size} bytes where at most {self.left} follow")
+        if size > self.budget.left:
+            self.budget.charge(size)
         return size
 
     def fill(self, size: int) -> bytearray:
@@ -197,9 +200,13 @@ def _load(file: io.FileIO, size: int, budget: _Budget) -> Any:  # noqa: ANN401
             raise _Refused(f"is {kind}, which is not read here: ask its author for a safetensors file")
     for magic, codec in _CODECS.items():
         if head.startswith(magic):
-            inflated = io.BufferedReader(_Inflated(file, codec()), 2**16)
-            return _load_pickles(_Stream(inflated, budget.limit, budget))
-    return _load_pickles(_Stream(io.BufferedReader(file, 2**16), size, budget))
+            with io.BufferedReader(_Inflated(file, codec()), 2**16) as inflated:
+                content = _load_pickles(_Stream(inflated, sys.maxsize, budget))
+                if inflated.read(1):  # the end, where the checksum stands
+                    raise ValueError("more content follows the end")
+                return content
+    with io.BufferedReader(file, 2**16) as plain:
+        return _load_pickles(_Stream(plain, size, budget))
 
 
 def _load_zip(file: io.FileIO, size: int, budget: _Budget) -> Any:  # noqa: ANN401
