@@ -453,6 +453,7 @@ def test_memory_stays_bounded(tmp_path):
     big = packed.compress(head) + b"".join(packed.compress(bytes(2**20)) for _ in range(64)) + packed.flush()
     ordered = b"ccollections\nOrderedDict\nq\x00"
     encode = b"c_codecs\nencode\nq\x00" + text("x" * 2**16) + b"q\x01" + text("latin1") + b"q\x020"
+    directory = (b"PK\x01\x02" + bytes(24) + b"\x01" + bytes(17) + b"a") * 2**18  # a member takes 600 bytes of memory
     bombs = {
         "zlib of zeros": zeros,
         "zlib of an array": big,
@@ -463,7 +464,9 @@ def test_memory_stays_bounded(tmp_path):
         "objects": zlib.compress(program(ordered + b"h\x00)R" * 2**15), 1),
         "copies": zlib.compress(program(encode.removesuffix(b"0") + b"h\x00h\x01h\x02\x86R" * 2**12), 1),
         "memo": program(b"Nr\xff\xff\xff\xff"),
-        "directory": b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 65535, 65535, 2**26, 0, 0),
+        "a directory": directory
+        + b"PK\x05\x06"
+        + struct.pack("<4H2IH", 0, 0, 2**16 - 1, 2**16 - 1, len(directory), 0, 0),
     }
     for name, content in bombs.items():
         (tmp_path / f"{name}.pt").write_bytes(content)
