@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what a type checker sees
     from zoo_common.tasks import task_names as task_names
     from zoo_common.tokens import ChannelTokenizer as ChannelTokenizer
     from zoo_common.tokens import LayerTokenizer as LayerTokenizer
+    from zoo_common.untrusted import load_untrusted as load_untrusted
     from zoo_common.zoo import Pairs as Pairs
     from zoo_common.zoo import Run as Run
     from zoo_common.zoo import RunInfo as RunInfo
@@ -48,6 +49,7 @@ _MODULE_OF = {
     "load_checkpoint": "checkpoint",
     "load_dataset": "datasets",
     "load_training": "checkpoint",
+    "load_untrusted": "untrusted",
     "save_checkpoint": "checkpoint",
     "save_training": "checkpoint",
     "task_names": "tasks",
