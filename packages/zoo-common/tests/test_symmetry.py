@@ -3,7 +3,8 @@ import copy
 import pytest
 import torch
 from torch import nn
-from zoo_common.symmetry import Entry, Symmetry
+from zoo_common import rules
+from zoo_common.symmetry import Symmetry
 from zoo_common.tasks import Cnn, Mlp
 
 
@@ -82,12 +83,11 @@ def test_apply_is_the_gather_with_the_index(case):
 
 def test_groups_of_a_network_with_blocks():
     symmetry = Symmetry.from_module(ConvFlatten(), torch.randn(2, 2, 8, 8))
-    assert [(g.name, g.size, g.homogeneous) for g in symmetry.groups] == [
-        ("a", 5, True),
-        ("b", 4, False),
-        ("c", 6, False),
-    ]
-    assert symmetry.groups[1].entries == (Entry("b.weight", 0), Entry("b.bias", 0), Entry("c.weight", 1, 4))
+    assert [(g.name, g.size) for g in symmetry.groups] == [("a", 5), ("b", 4), ("c", 6)]
+    places = [(entry.tensor, entry.axis, entry.block) for entry in symmetry.groups[1].entries]
+    assert places == [("b.weight", 0, 1), ("b.bias", 0, 1), ("c.weight", 1, 4)]
+    assert [g.name for g in symmetry.scales] == ["a"]  # tanh and gelu are not homogeneous
+    assert list(symmetry.fixed) == ["d"]
 
 
 def test_permutations_are_uniform():
@@ -142,11 +142,11 @@ def test_balance_is_canonical_and_keeps_the_function(case):
     )
     scaled = vectors.clone()
     views = symmetry.layout.unflatten(scaled)
-    for group in symmetry.groups:
+    for group in symmetry.scales:
         factor = torch.rand(group.size, dtype=torch.float64) + 0.5
-        for tensor, axis, block in group.entries if group.homogeneous else ():
-            units = factor.repeat_interleave(block)
-            views[tensor].movedim(axis + 1, -1).mul_(1 / units if axis else units)
+        for entry in group.entries:
+            units = factor.repeat_interleave(entry.block)
+            views[entry.tensor].movedim(entry.axis + 1, -1).mul_(1 / units if entry.reads else units)
     torch.testing.assert_close(symmetry.balance(scaled), balanced, rtol=1e-9, atol=1e-9)
     assert (balanced.norm(dim=1) <= vectors.norm(dim=1) + 1e-12).all()
 
@@ -171,75 +171,30 @@ def test_parameters_without_use_belong_to_no_group():
     assert torch.equal(symmetry.permute(vectors)[:, 0], vectors[:, 0])
 
 
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        h = self.a(x)
-        return self.b(h) + h.flip(1)
-
-
-class Shared(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.a(torch.relu(self.a(x)))
-
-
-class Halves(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 6), nn.Linear(3, 2)
-
-    def forward(self, x):
-        left, right = self.a(x).chunk(2, 1)[:2]
-        return self.b(left * right)
-
-
-class Branching(nn.Linear):
-    def forward(self, x):
-        return x if x.sum() > 0 else -x
-
-
-@pytest.mark.parametrize(
-    ("net", "shape", "match"),
-    [
-        (nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)), (2, 4), r"module '1' \(BatchNorm1d\)"),
-        (nn.Sequential(nn.Linear(4, 6), nn.Softmax(1), nn.Linear(6, 2)), (2, 4), r"module '1' \(Softmax\)"),
-        (nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, groups=2)), (2, 4, 3, 3), "module '1' .Conv2d"),
-        (nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)), (2, 5, 4), r"module '0' \(Linear, input \(2, 5, 4\)\)"),
-        (nn.Sequential(nn.LSTM(4, 6)), (2, 5, 4), r"module '0' \(LSTM\)"),
-        (Residual(), (2, 4), "operation 'flip'"),
-        (Shared(), (2, 4), "module 'a': shared"),
-        (Halves(), (2, 4), "cannot trace Halves|operation 'chunk'"),
-        (Branching(4, 4), (2, 4), "cannot trace Branching"),
-    ],
-)
-def test_what_is_not_known_is_named(net, shape, match):
-    with pytest.raises(ValueError, match=match):
-        Symmetry.from_module(net, torch.randn(shape))
-
-
-def test_a_wrong_group_does_not_pass_the_proof(monkeypatch):
-    """Softplus with a bias drawn per unit is not element-wise in the sense of the table; claim that it is."""
-
-    class PerUnit(nn.Module):
-        def forward(self, x):
-            return x * torch.arange(1.0, 7.0, dtype=x.dtype)
-
-    monkeypatch.setattr("zoo_common.symmetry._ELEMENTWISE", (PerUnit,))
-    monkeypatch.setattr("torch.fx.Tracer.is_leaf_module", lambda *_: True)
-    with pytest.raises(ValueError, match="module '0': permuting its units changes the output"):
-        Symmetry.from_module(nn.Sequential(nn.Linear(4, 6), PerUnit(), nn.Linear(6, 2)), torch.randn(2, 4))
-
-
 def test_wrong_shapes_are_named():
     symmetry = Symmetry.from_module(Mlp(3, 2, 2), torch.randn(2, 3))
     with pytest.raises(ValueError, match=r"\(n, 14\), got \(2, 5\)"):
         symmetry.permute(torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"group 'fc1': permutations must be \(2, 2\), got \(1, 2\)"):
         symmetry.apply(torch.zeros(2, 14), [torch.zeros(1, 2, dtype=torch.int64)])
+
+
+def test_a_wrong_group_does_not_pass_the_proof(monkeypatch):
+    """A layer that treats every unit in its own way, claimed to be element-wise."""
+
+    class PerUnit(nn.Module):
+        def forward(self, x):
+            return x * torch.arange(1.0, 7.0, dtype=x.dtype, device=x.device)
+
+    net = nn.Sequential(nn.Linear(4, 6), PerUnit(), nn.Linear(6, 2))
+    assert not Symmetry.from_module(net, torch.randn(2, 4)).groups
+    monkeypatch.setattr("torch.fx.Tracer.is_leaf_module", lambda *_: True)
+    monkeypatch.setitem(rules.RULES, PerUnit, rules._element_wise)
+    with pytest.raises(ValueError, match="module '0': permuting its units changes the output"):
+        Symmetry.from_module(net, torch.randn(2, 4))
+
+
+def test_a_wrong_scale_does_not_pass_the_proof(monkeypatch):
+    monkeypatch.setitem(rules.RULES, nn.Tanh, rules._pass)
+    with pytest.raises(ValueError, match="module '0': scaling its units changes the output"):
+        Symmetry.from_module(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), torch.randn(2, 4))

@@ -44,21 +44,20 @@ class UnitTokens:
     @classmethod
     def from_symmetry(cls, symmetry: Symmetry) -> UnitTokens:
         """Read them off the permutation groups of a task network."""
-        axes: dict[str, list[tuple[int, int, int]]] = {}  # tensor -> (axis, group, block)
-        for g, group in enumerate(symmetry.groups):
-            for entry in group.entries:
-                axes.setdefault(entry.tensor, []).append((entry.axis, g, entry.block))
         own: list[list[Tensor]] = [[] for _ in symmetry.groups]
         pairs: dict[tuple[int, int], list[Tensor]] = {}
         rest: list[Tensor] = []
         for spec in symmetry.layout.tensors:
             where = symmetry.layout.slices[spec.name]
             index = torch.arange(where.start, where.stop).reshape(spec.shape)
-            moved = sorted(axes.get(spec.name, []))
-            for axis, _, block in reversed(moved):  # from the last axis, so that earlier axes keep their place
-                index = index.unflatten(axis, (index.shape[axis] // block, block))
-            index = index.movedim([axis + i for i, (axis, _, _) in enumerate(moved)], list(range(len(moved))))
-            match [g for _, g, _ in moved]:
+            moved = sorted(symmetry.moves.get(spec.name, {}).items())
+            for axis, members in reversed(moved):  # from the last axis, so that earlier axes keep their place
+                positions = members[0][1].positions
+                if len(members) > 1 or positions.numel() != spec.shape[axis]:
+                    raise ValueError(f"{spec.name!r}: unit tokens need all of axis {axis} in one group of units")
+                index = index.index_select(axis, positions.flatten()).unflatten(axis, tuple(positions.shape))
+            index = index.movedim([axis + i for i, (axis, _) in enumerate(moved)], list(range(len(moved))))
+            match [members[0][0] for _, members in moved]:
                 case []:
                     rest.append(index.flatten())
                 case [g]:
