@@ -323,3 +323,11 @@ def test_units_beside_fixed_positions():
     symmetry = Symmetry.from_module(net, torch.zeros(2, 4))
     assert [entry.block for entry in symmetry.groups[0].entries] == [1, 1, None]
     assert [group.size for group in symmetry.scales] == [6]
+
+
+def test_weights_that_are_also_values_keep_their_places():
+    """Once as the weight of a layer, once as a number added to another's units."""
+    net = Net(lambda n, x: n.b(n.a(x) + n.a.weight.sum(1)), a=nn.Linear(4, 6), b=nn.Linear(6, 2))
+    symmetry = Symmetry.from_module(net, torch.zeros(2, 4))
+    assert not symmetry.groups
+    assert symmetry.fixed["a"] == "its weights are used by a layer and as a value"

@@ -16,7 +16,7 @@ import copy
 import inspect
 import re
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,7 @@ class Walk(fx.Interpreter):
         """Fix units to their places."""
         if labels is not None:
             self.frozen.append((torch.unique(labels), reason or self.reason))
+            self.unite(labels, None)
 
     def axis(self, name: str, axis: int, *, reads: bool = False) -> Tensor:
         """Labels of the positions on one axis of a tensor, new ones at the first use."""
@@ -260,25 +261,29 @@ class Walk(fx.Interpreter):
 
     def result(self) -> Traced:
         """Sort units into groups."""
-        for name, uses in self.roles.items() if self.scaling else ():
-            if any(roles != next(iter(uses.values())) for roles in uses.values()):  # it would need two factors
-                for key in (key for key in self.axes if key[0] == name):
-                    self.freeze(self.axes[key], "its weights make units in one place and read them in another")
-        for labels, _ in self.frozen:
-            self.unite(labels, None)
+        self._pin_contradictions()
         while True:
             classes = self._classes(self.edges)
             places = {key: classes[labels.numpy()] for key, labels in self.axes.items()}
-            crooked = [labels for name, labels in self.elements.items() if not self._place(name, classes, places)]
+            crooked = [name for name in self.elements if not self._place(name, classes, places)]
             if not crooked:
                 break
-            for labels in crooked:
-                del self.elements[next(name for name, other in self.elements.items() if other is labels)]
-                self.frozen.append((labels.flatten(), "it is used in a way that has no known symmetry"))
-                self.unite(labels, None)
+            for name in crooked:
+                self.freeze(self.elements.pop(name), "it is used in a way that has no known symmetry")
         order = {name: i for i, name in enumerate(self.layout.names)}
         slots = sorted(places, key=lambda key: (order[key[0]], key[1], key[2]))
         return Traced(tuple(self._groups(classes, places, slots)), self._fixed(places, slots))
+
+    def _pin_contradictions(self) -> None:
+        """Fix units whose tensors are used in two ways that would need different moves."""
+        for name, uses in self.roles.items():
+            roles = list(uses.values())
+            if name in self.elements:
+                self.freeze(self.elements.pop(name), "its weights are used by a layer and as a value")
+            elif not self.scaling or all(role == roles[0] for role in roles):
+                continue
+            for key in (key for key in self.axes if key[0] == name):
+                self.freeze(self.axes[key], "its weights make units in one place and read them in another")
 
     def _classes(self, edges: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray:
         """Class of every label; 0 is that of label 0."""
@@ -295,36 +300,25 @@ class Walk(fx.Interpreter):
         for axis in range(found.ndim):
             rows = np.moveaxis(found, axis, 0).reshape(found.shape[axis], -1)
             if (rows == rows[:, :1]).all():
-                key = (name, axis, False)
-                if key in places and (places[key] != rows[:, 0]).any():
-                    return False
-                places[key] = rows[:, 0]
+                places[name, axis, False] = rows[:, 0]
                 return True
         return False
 
     def _groups(
         self, classes: np.ndarray, places: dict[tuple[str, int, bool], np.ndarray], slots: Sequence[Any]
     ) -> Iterable[Group]:
-        counts = [len(places[slot]) for slot in slots]
-        units = np.concatenate([places[slot] for slot in slots] or [np.zeros(0, np.int64)])
-        slot_of, position = np.repeat(np.arange(len(slots)), counts), np.concatenate([*map(np.arange, counts), []])
-        keep = units > 0
-        units, slot_of, position = units[keep], slot_of[keep], position[keep].astype(np.int64)
-        order = np.argsort(units, kind="stable")
-        units, slot_of, position = units[order], slot_of[order], position[order]
-        starts = np.flatnonzero(np.diff(units, prepend=0))
+        """Units of one kind: in the same slots equally often, and picked by the same operations."""
         marks: dict[int, tuple[int, ...]] = {}
         for i, labels in enumerate(self.parts):
-            for unit in np.unique(classes[labels.numpy()]):
+            for unit in np.unique(classes[labels.numpy()]).tolist():
                 marks[unit] = (*marks.get(unit, ()), i)
         kinds: dict[Any, list[np.ndarray]] = {}
-        for start, stop in zip(starts, [*starts[1:], len(units)], strict=False):
-            kind = (slot_of[start:stop].tobytes(), marks.get(units[start], ()))
-            kinds.setdefault(kind, []).append(position[start:stop])
+        for unit, slot_of, position in _by_unit([places[slot] for slot in slots]):
+            kinds.setdefault((slot_of.tobytes(), marks.get(unit, ())), []).append(position)
         tables: dict[tuple[int, bytes], Tensor] = {}
         found = []
         for (slot_bytes, _), members in kinds.items():
-            own = np.frombuffer(slot_bytes, dtype=slot_of.dtype)
+            own = np.frombuffer(slot_bytes, dtype=np.int64)
             members.sort(key=lambda row: int(row[0]))
             if len(members) > 1 or self.scaling:
                 found.append((int(own[0]), int(members[0][0]), own, np.stack(members)))
@@ -351,6 +345,18 @@ class Walk(fx.Interpreter):
                 known = [reasons[c] for c in free[self.axes[slot].numpy()].tolist() if c in reasons]
                 fixed.setdefault(_module_of(name), known[0] if known else "its units stand beside fixed ones")
         return fixed
+
+
+def _by_unit(places: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Each unit but 0, with the slots and the positions in them where it stands, in order."""
+    counts = [len(units) for units in places]
+    units = np.concatenate([np.zeros(0, np.int64), *places])
+    slot_of = np.repeat(np.arange(len(places)), counts)
+    position = np.concatenate([np.zeros(0, np.int64), *map(np.arange, counts)])
+    order = np.argsort(units, kind="stable")[np.count_nonzero(units == 0) :]
+    starts = np.flatnonzero(np.diff(units[order], prepend=0))
+    for rows in np.split(order, starts[1:]) if len(starts) else ():
+        yield int(units[rows[0]]), slot_of[rows], position[rows]
 
 
 def _module_of(tensor: str) -> str:
