@@ -1,0 +1,1 @@
+"""Cart-pole actors trained by reinforcement: the published third task."""
