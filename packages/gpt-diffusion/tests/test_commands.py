@@ -94,6 +94,16 @@ def test_eval_prints_alignment_of_both_groups(capsys, trained, tmp_path):
     assert again == result
 
 
+@pytest.mark.parametrize("suffix", [".gif", ".mp4"])
+def test_walk_films_the_hidden_units(capsys, trained, tmp_path, suffix):
+    out = tmp_path / f"walk{suffix}"
+    shown = result_of(capsys, "walk", trained, "-o", out, "--latents", "2", "--points", "3", "--scale", "4")
+    assert shown["networks"] == 6
+    assert out.stat().st_size > 100 and (tmp_path / "walk.png").read_bytes().startswith(b"\x89PNG")
+    assert "--latents (1)" in error_of(capsys, "walk", trained, "-o", out, "--latents", "1")
+    assert "walk.avi: a walk is written as" in error_of(capsys, "walk", trained, "-o", tmp_path / "walk.avi")
+
+
 def test_train_shows_all_keys_and_forecasts_without_writing(capsys, digits_zoo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, _ = call(capsys, "train", "digits_loss", "--show", "train.mb_size=7")

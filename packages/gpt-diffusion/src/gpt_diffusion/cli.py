@@ -19,6 +19,7 @@ Examples:
   gpt-diffusion sample results/digits_loss --prompt 0.1 -o better.safetensors
   gpt-diffusion sample results/digits_loss --start my.safetensors --prompt 0.1 -o better.safetensors
   gpt-diffusion eval results/digits_loss                  do the samples reach what was asked for?
+  gpt-diffusion walk results/digits_loss -o walk.gif      film the hidden units along a walk through the noise
 """
 
 
@@ -148,6 +149,34 @@ class EvalCommand:
     """Print one JSON object and no progress bar."""
 
 
+@dataclass(frozen=True)
+class WalkCommand:
+    """Walk through the noise that networks are sampled from, and film their first layers; a PNG strip lies beside."""
+
+    model: Positional[Path]
+    """Folder of a training run, or a model file."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("walk.gif")
+    """File to write: .gif, or .mp4 with the extra `video`."""
+    prompt: float | None = None
+    """Metric wanted, in its own units; default: the task's best."""
+    start: Path | None = None
+    """Safetensors file with the weights to start from; default: a random initialisation."""
+    latents: int = 16
+    """Normal vectors to walk between, from the last one back to the first."""
+    points: int = 24
+    """Networks from one to the next, both included; published: 120."""
+    scale: int = 8
+    """Pixels for each weight."""
+    seed: int = 0
+    """Seed of initialisation and noise."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    data_dir: Path | None = None
+    """Folder with the data files of the task."""
+    json: bool = False
+    """Print one JSON object and no progress bar."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     commands: dict[str, tuple[type, Callable[[Any], int | None]]] = {
@@ -155,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": (TrainCommand, _later("train")),
         "sample": (SampleCommand, _later("sample")),
         "eval": (EvalCommand, _later("evaluate")),
+        "walk": (WalkCommand, _later("walk")),
     }
     return run_command("gpt-diffusion", DESCRIPTION, commands, argv)
 

@@ -22,7 +22,8 @@ from zoo_common.tasks import Task, get_task
 from zoo_common.zoo import Zoo
 
 from gpt_diffusion import generation, training
-from gpt_diffusion.cli import EvalCommand, GenerateCommand, SampleCommand, TrainCommand
+from gpt_diffusion import walk as walking
+from gpt_diffusion.cli import EvalCommand, GenerateCommand, SampleCommand, TrainCommand, WalkCommand
 from gpt_diffusion.config import Config, config_to_yaml, load_config
 from gpt_diffusion.device import choose_device
 from gpt_diffusion.evaluation import as_sampler, batched_metric
@@ -80,7 +81,7 @@ def sample(command: SampleCommand) -> None:
     if not command.out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {command.out}: the folder {command.out.absolute().parent} does not exist")
     pretrained, task = _open(command.model, command.device, command.data_dir)
-    starts = _starts(command, pretrained, task)
+    starts = _starts(command.start, command.num, command.seed, pretrained, task)
     measure = batched_metric(task, pretrained.device)
     given = command.start_metric
     metrics = measure(starts) if given is None else torch.full((len(starts),), given, device=starts.device)
@@ -133,29 +134,61 @@ def evaluate(command: EvalCommand) -> None:
     _show(summary, command.json)
 
 
+def walk(command: WalkCommand) -> None:
+    """Film a walk through the latent space."""
+    if command.out.suffix not in (".gif", ".mp4"):
+        raise ValueError(f"--out {command.out}: a walk is written as .gif or .mp4")
+    if not command.out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {command.out}: the folder {command.out.absolute().parent} does not exist")
+    if command.latents < 2 or command.points < 2:
+        raise ValueError(f"--latents ({command.latents}) and --points ({command.points}) must be at least 2")
+    pretrained, task = _open(command.model, command.device, command.data_dir)
+    (start,) = _starts(command.start, 1, command.seed, pretrained, task)
+    layout = pretrained.info.layout
+    walking.first_layer(start[None], layout, task.input_shape)  # fails before the work
+    metric = batched_metric(task, pretrained.device)(start[None]).item()
+    prompt = task.best_prompt if command.prompt is None else command.prompt
+    with _progress(pretrained.config, 1, command.json, "walk") as progress:
+        networks = walking.walk(
+            pretrained,
+            start,
+            prompt=prompt,
+            start_metric=metric,
+            latents=command.latents,
+            points=command.points,
+            seed=command.seed,
+            progress=progress,
+        )
+    images = walking.frames(walking.first_layer(networks, layout, task.input_shape), scale=command.scale)
+    strip = command.out.with_suffix(".png")
+    walking.write_movie(command.out, images)
+    walking.write_strip(strip, images)
+    _show({"out": str(command.out), "strip": str(strip), "networks": len(networks), "prompt": prompt}, command.json)
+
+
 def _open(path: Path, device: str, data_dir: Path | None) -> tuple[Pretrained, Task]:
     pretrained = load_pretrained(path, choose_device(device))
     return pretrained, get_task(pretrained.config.dataset.name, data_dir)
 
 
-def _starts(command: SampleCommand, pretrained: Pretrained, task: Task) -> Tensor:
-    """Starting weights (n, D): from a file, or ``--num`` random initialisations."""
+def _starts(given: Path | None, count: int, seed: int, pretrained: Pretrained, task: Task) -> Tensor:
+    """Starting weights (n, D): from a file, or random initialisations."""
     layout = pretrained.info.layout
-    if command.start is None:
+    if given is None:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(command.seed)
-            starts = layout.stack(task.constructor() for _ in range(command.num)).detach()
+            torch.manual_seed(seed)
+            starts = layout.stack(task.constructor() for _ in range(count)).detach()
     else:
-        if not command.start.is_file():
-            raise FileNotFoundError(f"--start {command.start}: there is no such file")
+        if not given.is_file():
+            raise FileNotFoundError(f"--start {given}: there is no such file")
         try:
-            starts = layout.flatten(load_file(command.start))[None]
+            starts = layout.flatten(load_file(given))[None]
         except SafetensorError as error:
-            raise ValueError(f"--start {command.start}: not a readable safetensors file ({error})") from None
+            raise ValueError(f"--start {given}: not a readable safetensors file ({error})") from None
         except ValueError as error:
-            raise ValueError(f"--start {command.start}: {error}") from None
+            raise ValueError(f"--start {given}: {error}") from None
         if not starts.isfinite().all():
-            raise ValueError(f"--start {command.start} holds NaN or infinite weights; nothing can be sampled from it")
+            raise ValueError(f"--start {given} holds NaN or infinite weights; nothing can be sampled from it")
     return starts.to(pretrained.device, torch.float32)
 
 
