@@ -145,13 +145,13 @@ def _check(zoo: Path, otherwise: str) -> None:
 
 
 def _upload(files: Mapping[str, Path], repo: str, kind: str, revision: str | None, private: bool) -> str:
+    added = [CommitOperationAdd(name, str(file)) for name, file in files.items()]
+    message = f"Upload with {__package__}"
     with _told(repo, revision):
         api = HfApi()
         api.create_repo(repo, repo_type=kind, private=private or None, exist_ok=True)
         if revision is not None:
             api.create_branch(repo, repo_type=kind, branch=revision, exist_ok=True)
-        added = [CommitOperationAdd(name, str(file)) for name, file in files.items()]
-        message = f"Upload with {__package__}"
         return api.create_commit(repo, added, commit_message=message, repo_type=kind, revision=revision).oid
 
 
