@@ -81,6 +81,13 @@ def impatient(monkeypatch):
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
 
 
+def test_pushing_leaves_no_part_in_the_cache(hub, zoo, tmp_path):
+    push_zoo(zoo.path, REPO)
+    push_zoo(zoo.path, REPO)
+    with pytest.raises(FileNotFoundError, match="not completely, in the cache"):
+        pull_zoo(REPO, tmp_path / "copy", offline=True)
+
+
 SHARD = "shards/1.safetensors"
 
 

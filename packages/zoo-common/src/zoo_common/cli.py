@@ -18,7 +18,7 @@ Examples:
   zoo verify my-zoo                  read every byte; status 1 if anything is wrong
   zoo merge all-runs part-1 part-2   bring zoos together, without copying on one disk
   zoo push my-zoo me/my-zoo          upload to a hub (HF_ENDPOINT), with the token HF_TOKEN
-  zoo pull me/my-zoo copy            download, or bring up to date; goes on after an interruption
+  zoo pull me/my-zoo copy            download what is missing; safe to repeat
 """
 
 

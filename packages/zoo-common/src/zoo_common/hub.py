@@ -7,6 +7,7 @@ zoo is a repository of type "dataset", written in one commit, so that nobody see
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +22,8 @@ from zoo_common.merge import link_or_copy, merge_zoos
 from zoo_common.verify import verify_zoo
 
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?")
-_CONNECTION: type[Exception] = errors.HfHubHTTPError.__bases__[
-    0
-]  # of the HTTP library, which differs between versions of the hub's
+# The base of all errors of the HTTP library, of which huggingface_hub has had several.
+_CONNECTION: type[Exception] = errors.HfHubHTTPError.__bases__[0]
 
 
 def push_zoo(path: str | Path, repo: str, *, revision: str | None = None, private: bool = False) -> str:
@@ -46,11 +46,12 @@ def push_zoo(path: str | Path, repo: str, *, revision: str | None = None, privat
     path = Path(path)
     _check(path, f"{path} is not sent")
     mine = read_document(path)
-    with _told(repo, revision):
-        api = HfApi()
-        place: Any = {"repo_id": repo, "repo_type": "dataset", "revision": revision, "filename": "zoo.json"}
-        there = Path(api.hf_hub_download(**place)).parent if api.file_exists(**place) else path
-    theirs = read_document(there)
+    with tempfile.TemporaryDirectory() as folder:  # not the cache, where this file means that all the others are there
+        with _told(repo, revision):
+            api = HfApi()
+            place: Any = {"repo_id": repo, "repo_type": "dataset", "revision": revision, "filename": "zoo.json"}
+            is_there = api.file_exists(**place) and api.hf_hub_download(**place, local_dir=folder)
+        theirs = read_document(Path(folder)) if is_there else mine
     if other := [key for key in ("task", "layout", "split") if theirs[key] != mine[key]]:
         raise ValueError(f"{repo} holds another zoo (other {', '.join(other)}): choose another repository")
     files = {str(file.relative_to(path).as_posix()): file for file in _files(path)}
@@ -61,7 +62,7 @@ def pull_zoo(repo: str, path: str | Path, *, revision: str | None = None, offlin
     """Download a zoo through the hub's cache, check it, and put it in a folder: as hard links where possible.
 
     A folder that is new appears whole or not at all; one that holds the same zoo gets the shards that it lacks. A pull
-    that was interrupted goes on where it was when it is run again.
+    that was interrupted and is run again does not fetch finished files again.
 
     Args:
         repo: ``owner/name``.

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 _CHUNK, _DEEPEST, _TORCH_MAGIC = 2**20, 100, 0x1950A86A20F9469CFC6C
 _DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f(2|4|8|16)|c(8|16|32)|[SU][1-9]\d{0,5}|O8?)")
 
-
 DAMAGE = (
     *(ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError),
     *(ValueError, pickle.UnpicklingError),
