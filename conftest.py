@@ -4,4 +4,4 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # waiting threads sleep: spinning ruins the speed of a busy machine
 
-pytest_plugins = ["support.golden"]
+pytest_plugins = ["support.golden", "support.hub"]

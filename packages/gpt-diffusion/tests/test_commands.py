@@ -8,7 +8,7 @@ from gpt_diffusion import load_pretrained, train
 from gpt_diffusion.cli import main
 from gpt_diffusion.evaluation import batched_metric
 from safetensors.torch import load_file, save_file
-from support.reliability import flip_bit, truncate
+from support.reliability import assert_same_tensors, flip_bit, truncate
 from torch import nn
 from zoo_common.tasks import Task, get_task
 
@@ -174,6 +174,19 @@ def test_a_damaged_model_is_named(capsys, trained, tmp_path, damage):
     damage(copy)
     error = error_of(capsys, "sample", copy, "--prompt", 1.0, "-o", tmp_path / "out.safetensors")
     assert "model.safetensors" in error
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub's upload
+def test_a_model_on_a_hub_samples_like_the_one_here(capsys, hub, trained, tmp_path):
+    commit = load_pretrained(trained).push("somebody/model", private=True)
+    assert load_pretrained("somebody/model", revision=commit).config == load_pretrained(trained).config
+    capsys.readouterr()
+    for model, out in ((trained, "a"), ("somebody/model", "b"), (f"somebody/model@{commit}", "c")):
+        assert call(capsys, "sample", model, "--prompt", 1.0, "-o", tmp_path / out)[0] == 0
+    for out in ("b", "c"):
+        assert_same_tensors(tmp_path / out, tmp_path / "a")
+    error = error_of(capsys, "sample", "somebody/model@v9", "--prompt", 1.0, "-o", tmp_path / "out.safetensors")
+    assert "somebody/model has no revision 'v9'" in error
 
 
 def test_a_missing_output_folder_is_named_before_the_work(capsys, trained, tmp_path):

@@ -1,9 +1,10 @@
+import sys
+
 import pytest
 import torch
 from torch import nn
-from zoo_common import tasks
 from zoo_common.symmetry import Symmetry
-from zoo_common.tasks import Task, TrainingRecipe, classification_error, classification_loss, get_task, task_names
+from zoo_common.tasks import TrainingRecipe, classification_error, classification_loss, get_task, task_names
 
 
 def test_every_built_in_task_is_complete():
@@ -73,18 +74,61 @@ def test_published_step_counts_and_rates():
     assert len(digits) == 1000
 
 
-def test_a_package_adds_a_task_through_its_entry_point(monkeypatch, tmp_path):
-    class Entry:
-        name = "my_task"
+MODULE = """
+import torch
+from torch import nn
+from zoo_common.tasks import Task
 
-        def load(self):
-            return lambda folder: Task(
-                "my_task", nn.Identity, lambda: (folder,), lambda f, net: 1.0, False, 1.0, 1.0, "return", (4,)
-            )
+made = Task("my-task", nn.Identity, lambda: (1,), lambda x, net: 1.0, False, 1.0, 1.0, "return", (4,))
 
-    monkeypatch.setattr(tasks, "entry_points", lambda group, name=None: [Entry()] if name in (None, "my_task") else [])
-    assert get_task("my-task", tmp_path).data_fn() == (tmp_path,)
-    assert "my_task" in task_names()
+def good(folder):
+    return made
+
+def nothing(folder):
+    return None
+
+def broken(folder):
+    raise FileNotFoundError(f"no data in {folder}")
+"""
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Makes a package with one entry point importable."""
+
+    def make(name, value):
+        (tmp_path / "outside.py").write_text(MODULE)
+        info = tmp_path / "outside_tasks-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-tasks\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[zoo_common.tasks]\n{name} = {value}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield make
+    sys.modules.pop("outside", None)
+
+
+def test_a_package_adds_a_task_through_its_entry_point(install):
+    install("my-task", "outside:good")
+    assert "my-task" in task_names()
+    assert get_task("my_task") is get_task("My-Task") and get_task("my-task").metric_name == "return"
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("absent:good", "fails .ModuleNotFoundError: No module named 'absent'."),
+        ("outside:absent", "fails .AttributeError: .*'absent'"),
+        ("outside:made", "fails .TypeError: 'Task' object is not callable"),
+        ("outside:broken", "fails .FileNotFoundError: no data in folder"),
+        ("outside:nothing", "returns NoneType, not a Task"),
+        ("outside:good", "returns a Task named 'my-task', not"),
+    ],
+)
+def test_an_entry_point_that_does_not_work_is_named(install, value, reason):
+    install("theirs", value)
+    with pytest.raises(ValueError, match=rf"^task 'theirs': the entry point '{value}' of outside-tasks 1.0 {reason}"):
+        get_task("theirs", "folder")
 
 
 def test_recipe_counts_epochs_or_steps():

@@ -170,6 +170,50 @@ def test_files_of_joblib_come_back_bitwise(tmp_path, codec, protocol, alignment)
     assert_same(load_untrusted(path), content)
 
 
+def test_text_and_bytes_of_python_2_come_back(tmp_path):
+    """There both are written by the instructions for byte strings."""
+    head = b"\x80\x02}(U\x04dataq\x00cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR(K\x01K\x02\x85"
+    dtype = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    path = tmp_path / "a.pt"
+    path.write_bytes(head + dtype + b"\x89T\x02\x00\x00\x00\x07\xfftbU\x06labels]q\x01(K\x06K\x09eu.")
+    loaded = load_untrusted(path)
+    assert_same(loaded, {"data": np.array([7, 255], np.uint8), "labels": [6, 9]})
+
+
+class Child(nn.Module):
+    """Stands for a class of someone else's, which the reader does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.activation, self.width = nn.Linear(2, 3), torch.nn.functional.relu, 3
+
+
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_objects_of_named_classes_come_as_records(tmp_path, monkeypatch, as_zip):
+    monkeypatch.setattr(Child, "__module__", "absent_networks")
+    monkeypatch.setitem(sys.modules, "absent_networks", sys.modules[__name__])
+    module, path = Child(), tmp_path / "epoch1.th"
+    torch.save({"model": module}, path, _use_new_zipfile_serialization=as_zip)
+    monkeypatch.delitem(sys.modules, "absent_networks")
+    with pytest.raises(ValueError, match=r"epoch1\.th: asks for absent_networks\.Child"):
+        load_untrusted(path)
+    loaded = load_untrusted(path, stubs=["absent_*", "torch.nn.modules.linear.Linear", "torch.nn.functional.relu"])
+    record = loaded["model"]
+    assert (record.name, record.state["width"]) == ("absent_networks.Child", 3)
+    assert record.state["activation"].name == "torch.nn.functional.relu"
+    assert_same(record.state["_modules"]["linear"].state["_parameters"]["weight"], module.linear.weight)
+
+
+@pytest.mark.parametrize("body", ["os.system", "NEWOBJ", "getattr", "map", "BUILD of a class"])
+def test_no_record_runs_code(tmp_path, monkeypatch, body):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.pt").write_bytes(program(CALLS[body][0]))
+    with suppress(ValueError):
+        load_untrusted("a.pt", stubs=["*"])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*a\.pt"):
         load_untrusted(tmp_path / "a.pt")
@@ -262,7 +306,7 @@ CALLS = {  # instructions that would leave a file CANARY behind, and the name th
     "OBJ": (b"(cos\nsystem\n" + text(COMMAND) + b"o", "os.system"),
     "OBJ allowed": (b"(ccollections\nOrderedDict\no", "instruction OBJ"),
     "STACK_GLOBAL": (text("os") + text("system") + b"\x93(" + text(COMMAND) + b"tR", "os.system"),
-    "STACK_GLOBAL of a list": (b"]]\x93)R", "no text"),
+    "STACK_GLOBAL of a list": (b"]]\x93)R", "requires str"),
     "NEWOBJ_EX": (b"cargparse\nNamespace\n)}\x92", "instruction NEWOBJ_EX"),
     "EXT1": (b"\x82\x01", "instruction EXT1"),
     "EXT2": (b"\x83\x01\x00", "instruction EXT2"),

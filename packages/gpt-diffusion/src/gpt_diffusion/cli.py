@@ -104,7 +104,7 @@ class SampleCommand:
     """Sample networks with a wanted metric, from given weights or from random initialisations."""
 
     model: Positional[Path]
-    """Folder of a training run, or a model file."""
+    """Folder of a training run, a model file, or owner/name@revision on a hub."""
     prompt: float
     """Metric wanted, in its own units."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -132,7 +132,7 @@ class EvalCommand:
     """Prompt starting networks for a range of metrics; prints prompt alignment and recursive prompting."""
 
     model: Positional[Path]
-    """Folder of a training run, or a model file."""
+    """Folder of a training run, a model file, or owner/name@revision on a hub."""
     zoo: Path | None = None
     """Take initialisations of its training runs and of its unseen test runs; default: the zoo of the training."""
     networks: int | None = None

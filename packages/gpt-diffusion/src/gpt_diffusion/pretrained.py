@@ -1,6 +1,7 @@
 """A trained model with everything that sampling needs, in one file."""
 
 import dataclasses
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from zoo_common.checkpoint import load_checkpoint, save_checkpoint
+from zoo_common.hub import fetch_file, push_file
 from zoo_common.layout import ParameterLayout
 
 from gpt_diffusion.config import Config, TransformerConfig, config_from_dict
@@ -21,6 +23,8 @@ from gpt_diffusion.units import UnitModel, UnitTokens
 
 #: Recorded in every model file; a reader refuses other kinds.
 KIND = "gpt-diffusion model"
+#: Name of a model's file in the folder of a run, and in a repository.
+FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,12 @@ class Pretrained:
         metadata = {"kind": KIND, "config": dataclasses.asdict(self.config), "info": self.info.to_json()}
         save_checkpoint(path, self.model.state_dict(), metadata)
 
+    def push(self, repo: str, *, revision: str | None = None, private: bool = False) -> str:
+        """Upload the model to a hub (see :func:`zoo_common.push_file`); returns the new commit."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(file := Path(folder) / FILE)
+            return push_file(file, repo, FILE, revision=revision, private=private)
+
 
 def make_diffusion(config: Config, kept_steps: int = 1000) -> Diffusion:
     """The published process (linear schedule, 1000 steps), respaced for sampling if fewer steps are kept."""
@@ -178,18 +188,29 @@ def make_diffusion(config: Config, kept_steps: int = 1000) -> Diffusion:
     return Diffusion(respacing=[kept_steps] if kept_steps < 1000 else "", mean_type=mean_type)
 
 
-def load_pretrained(path: str | Path, device: str | torch.device = "cpu") -> Pretrained:
-    """Read a model file, or the model in the folder of a training run.
+def load_pretrained(
+    name: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+) -> Pretrained:
+    """Read a model: a file, the one in the folder of a training run, or one on a hub.
+
+    Args:
+        name: File, folder, or repository ``owner/name`` or ``owner/name@revision``.
+        device: Where to put the model.
+        revision: Branch, tag or commit of the repository; default: ``main``.
+        offline: Take a repository from the cache alone.
 
     Raises:
-        FileNotFoundError: No such file, or a run folder without a model.
+        FileNotFoundError: No such file or repository, or a run folder without a model.
         ValueError: Not a model of this package, or a damaged one.
+        OSError: The hub cannot be reached or refuses.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "model.safetensors"
-        if not file.exists():
-            raise FileNotFoundError(f"{path} holds no model.safetensors; finish the run with `gpt-diffusion train`")
+    file = fetch_file(name, FILE, revision=revision, offline=offline)
+    if not file.exists():
+        raise FileNotFoundError(f"{name} holds no {FILE}; finish the run with `gpt-diffusion train`")
     checkpoint = load_checkpoint(file, device)
     if checkpoint.metadata.get("kind") != KIND:
         raise ValueError(f"{file} is not a model of gpt-diffusion, but weights of something else")

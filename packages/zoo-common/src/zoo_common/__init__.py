@@ -14,6 +14,10 @@ if TYPE_CHECKING:  # what a type checker sees
     from zoo_common.checkpoint import save_training as save_training
     from zoo_common.datasets import load_dataset as load_dataset
     from zoo_common.files import atomic_write as atomic_write
+    from zoo_common.hub import fetch_file as fetch_file
+    from zoo_common.hub import pull_zoo as pull_zoo
+    from zoo_common.hub import push_file as push_file
+    from zoo_common.hub import push_zoo as push_zoo
     from zoo_common.layout import ParameterLayout as ParameterLayout
     from zoo_common.layout import TensorSpec as TensorSpec
     from zoo_common.population import Population as Population
@@ -45,11 +49,15 @@ _MODULE_OF = {
     "Zoo": "zoo",
     "ZooRecorder": "recorder",
     "atomic_write": "files",
+    "fetch_file": "hub",
     "get_task": "tasks",
     "load_checkpoint": "checkpoint",
     "load_dataset": "datasets",
     "load_training": "checkpoint",
     "load_untrusted": "untrusted",
+    "pull_zoo": "hub",
+    "push_file": "hub",
+    "push_zoo": "hub",
     "save_checkpoint": "checkpoint",
     "save_training": "checkpoint",
     "task_names": "tasks",

@@ -10,13 +10,15 @@ from tyro.conf import Positional
 
 from zoo_common.command import Commands, run_command
 
-DESCRIPTION = """Inspect, check and merge zoos: folders of training runs.
+DESCRIPTION = """Inspect, check, merge and share zoos: folders of training runs.
 
 Examples:
   zoo inspect my-zoo                 what it holds, from the headers alone
   zoo inspect my-zoo --json          the same for programs
   zoo verify my-zoo                  read every byte; status 1 if anything is wrong
   zoo merge all-runs part-1 part-2   bring zoos together, without copying on one disk
+  zoo push my-zoo me/my-zoo          upload to a hub (HF_ENDPOINT), with the token HF_TOKEN
+  zoo pull me/my-zoo copy            download what is missing; safe to repeat
 """
 
 
@@ -54,12 +56,46 @@ class MergeConfig:
     """Print one JSON object."""
 
 
+@dataclass(frozen=True)
+class PushConfig:
+    """Upload a zoo to a hub; only what is not there yet is sent."""
+
+    zoo: Positional[Path]
+    """Folder of the zoo."""
+    repo: Positional[str]
+    """Repository, owner/name; made if there is none."""
+    revision: str | None = None
+    """Branch to write to; made if there is none. Default: main."""
+    private: bool = False
+    """Hide a new repository from others."""
+    json: bool = False
+    """Print one JSON object and no progress bar."""
+
+
+@dataclass(frozen=True)
+class PullConfig:
+    """Download a zoo from a hub, and check it; safe to repeat."""
+
+    repo: Positional[str]
+    """Repository, owner/name."""
+    zoo: Positional[Path]
+    """Folder for it: new, or with an earlier state of the same zoo."""
+    revision: str | None = None
+    """Branch, tag or commit; default: main."""
+    offline: bool = False
+    """Use what was downloaded before, without a connection."""
+    json: bool = False
+    """Print one JSON object and no progress bar."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     commands: Commands = {
         "inspect": (InspectConfig, inspect),
         "verify": (VerifyConfig, verify),
         "merge": (MergeConfig, merge),
+        "push": (PushConfig, push),
+        "pull": (PullConfig, pull),
     }
     return run_command("zoo", DESCRIPTION, commands, argv, package="zoo-common")
 
@@ -110,6 +146,31 @@ def merge(config: MergeConfig) -> None:
     from zoo_common.merge import merge_zoos
 
     _show(asdict(merge_zoos(config.target, [config.source, *config.sources])), config.json)
+
+
+def push(config: PushConfig) -> None:
+    """Upload a zoo and print the commit."""
+    from zoo_common.hub import push_zoo
+
+    _hide_bars(config.json)
+    commit = push_zoo(config.zoo, config.repo, revision=config.revision, private=config.private)
+    _show({"repo": config.repo, "commit": commit}, config.json)
+
+
+def pull(config: PullConfig) -> None:
+    """Download a zoo and print the commit."""
+    from zoo_common.hub import pull_zoo
+
+    _hide_bars(config.json)
+    commit = pull_zoo(config.repo, config.zoo, revision=config.revision, offline=config.offline)
+    _show({"repo": config.repo, "commit": commit, "zoo": str(config.zoo)}, config.json)
+
+
+def _hide_bars(hide: bool) -> None:
+    from huggingface_hub.utils import disable_progress_bars
+
+    if hide:
+        disable_progress_bars()
 
 
 def _show(summary: dict[str, Any], as_json: bool) -> None:

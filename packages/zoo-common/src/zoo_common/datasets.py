@@ -12,7 +12,6 @@ Shapes: ``n`` images, ``c`` channels of ``h`` rows and ``w`` columns.
 
 import gzip
 import io
-import pickle
 import tarfile
 import zipfile
 import zlib
@@ -21,11 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from zoo_common.inert import DAMAGE, Budget, Stream, load_pickles
 
 #: Training / validation / test images of the digits (1,797 in all).
 DIGITS_SPLIT = (1000, 400, 397)
@@ -267,32 +268,8 @@ def _decode(header: np.ndarray, scans: np.ndarray, offsets: np.ndarray, path: Pa
 # The CIFAR-10 python archive
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"encoding {encoding}")
-    return text.encode("latin1")
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles containers, strings and NumPy arrays; every other global is refused, so no code can run."""
-
-    _RECONSTRUCT = np.empty(0).__reduce__()[0]
-    _ALLOWED: dict[tuple[str, str], Any] = {  # noqa: RUF012
-        ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-        ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): _latin1,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
-        """Look up an allowed global."""
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no image batch needs")
-        return self._ALLOWED[module, name]
-
-
 _CIFAR_BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+_LARGEST_BATCH = 2**28  # bytes in memory; one of the archive needs 31 MB
 
 
 def _read_cifar_archive(folder: Path) -> _Raw | None:
@@ -331,11 +308,11 @@ def _tar_batches(path: Path) -> Iterator[tuple[str, bytes]]:
 def _read_cifar_batch(content: bytes, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """One batch: b"data" (n, 3072) uint8 in the order channel, row, column, and b"labels"."""
     try:
-        batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+        batch = load_pickles(Stream(io.BytesIO(content), len(content), Budget(_LARGEST_BATCH)))
         batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
         data, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
         return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
-    except Exception as error:  # a hostile or cut pickle can raise anything
+    except DAMAGE as error:
         raise ValueError(f"{path}: not a CIFAR-10 batch ({error})") from error
 
 

@@ -54,7 +54,7 @@ def merge_zoos(target: str | Path, sources: Sequence[str | Path]) -> Merged:
         for layout_id in zoo.layout_ids:
             merged.with_layout(zoo.with_layout(layout_id).layout)
     for name, shard in plan.items():
-        _link_or_copy(shard.file.path, merged.path / "shards" / f"{name}.safetensors")
+        link_or_copy(shard.file.path, merged.path / "shards" / f"{name}.safetensors")
     merged.refresh()
     return Merged(len(plan), sum(len(zoo.shards) for zoo in zoos) - len(plan), len(merged))
 
@@ -88,9 +88,10 @@ def _plan(targets: Sequence[Zoo], sources: Sequence[Zoo]) -> dict[str, Shard]:
     return plan
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make a hard link to what ``source`` (maybe a symbolic link) is, or a copy where the file system has no such."""
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)
     except OSError:
         with atomic_write(target) as temporary:
             shutil.copyfile(source, temporary)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from zoo_common.datasets import Splits, load_dataset
 from zoo_common.symmetry import Symmetry
+
+_GROUP = "zoo_common.tasks"
 
 
 class Mlp(nn.Module):
@@ -175,10 +177,28 @@ def _built_in(name: str, data_dir: Path | None, download: bool) -> Task:
     )
 
 
+def _normal(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def _foreign(entry: EntryPoint, folder: Path | None) -> Task:
+    """The task of an installed package."""
+    package = f" of {entry.dist.name} {entry.dist.version}" if entry.dist else ""
+    where = f"task {entry.name!r}: the entry point {entry.value!r}{package}"
+    try:
+        task = entry.load()(folder)
+    except Exception as error:  # whatever a stranger's package does wrong
+        raise ValueError(f"{where} fails ({type(error).__name__}: {error}): repair or uninstall it") from error
+    if not isinstance(task, Task) or task.name != entry.name:
+        what = f"a Task named {task.name!r}" if isinstance(task, Task) else type(task).__name__
+        raise ValueError(f"{where} returns {what}, not a Task of its own name: repair or uninstall the package")
+    return task
+
+
 def task_names() -> list[str]:
     """All tasks: the built-in ones and those of installed packages."""
     own = [f"{data}_{kind}" for data in _BUILT_IN for kind in ("loss", "error")]
-    return own + sorted(entry.name for entry in entry_points(group="zoo_common.tasks"))
+    return own + sorted(entry.name for entry in entry_points(group=_GROUP))
 
 
 def get_task(name: str, data_dir: Path | str | None = None, *, download: bool = False) -> Task:
@@ -190,15 +210,16 @@ def get_task(name: str, data_dir: Path | str | None = None, *, download: bool = 
         download: Allow torchvision to fetch missing files into ``data_dir``.
 
     Raises:
-        ValueError: Unknown name; the message has the nearest one.
+        ValueError: Unknown name (the message has the nearest one), or a package's entry point that does not work (the
+            message names both).
     """
     folder = None if data_dir is None else Path(data_dir)
-    wanted = name.lower().replace("-", "_")
+    wanted = _normal(name)
     wanted = f"{wanted}_loss" if wanted in _BUILT_IN else wanted
     if wanted.rsplit("_", 1)[0] in _BUILT_IN and wanted.endswith(("_loss", "_error")):
         return _built_in(wanted, folder, download)
-    for entry in entry_points(group="zoo_common.tasks", name=wanted):
-        task: Task = entry.load()(folder)
-        return task
+    for entry in entry_points(group=_GROUP):
+        if _normal(entry.name) == wanted:
+            return _foreign(entry, folder)
     near = difflib.get_close_matches(wanted, [*task_names(), *_BUILT_IN], n=1, cutoff=0)
     raise ValueError(f"unknown task {name!r}; did you mean {near[0]!r}? Tasks: {', '.join(task_names())}")

@@ -1,8 +1,7 @@
 """Reading published ``.pt``, ``.pth``, ``.th`` and joblib files without running what they contain.
 
-Their pickles are interpreted by :mod:`zoo_common.inert`; neither ``torch.load`` nor ``pickle`` nor joblib takes part,
-and nothing is unpacked to disk. The formats are described in ``torch/serialization.py`` and in joblib's
-``numpy_pickle.py``.
+Their pickles are interpreted by :mod:`zoo_common.inert`; neither ``torch.load`` nor ``pickle.load`` nor joblib takes
+part, and nothing is unpacked to disk.
 """
 
 import bz2
@@ -12,22 +11,18 @@ import re
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from zoo_common.inert import Binary, Budget, Global, Machine, Refused, Stream, checked, flat_tensor, listed, shown
+from zoo_common.inert import DAMAGE, Budget, Global, Refused, Stream, Unpickler, flat_tensor, load_pickles, shown
 
-_LEAST_BUDGET, _LARGEST_READ = 2**28, 2**22
-_TORCH_MAGIC = 0x1950A86A20F9469CFC6C
-_LZMA_MEMORY = 2**28
-_DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError)
-_CODEC_DAMAGE = (ValueError, zipfile.BadZipFile, lzma.LZMAError, zlib.error)
+_LEAST_BUDGET, _LZMA_MEMORY, _LARGEST_READ = 2**28, 2**28, 2**22
 
 
-def load_untrusted(path: str | Path, *, max_bytes: int | None = None) -> Any:  # noqa: ANN401
+def load_untrusted(path: str | Path, *, stubs: Sequence[str] = (), max_bytes: int | None = None) -> Any:  # noqa: ANN401
     """Read a published weight file from anyone: ``torch.save`` (zip and older format) or joblib, compressed or not.
 
     Tensors come on the CPU, tied ones still tied; arrays, NumPy scalars, ``OrderedDict``, ``argparse.Namespace`` and
@@ -35,6 +30,9 @@ def load_untrusted(path: str | Path, *, max_bytes: int | None = None) -> Any:  #
 
     Args:
         path: File to read. The content decides on the format, not the name.
+        stubs: Names (``*`` stands for any part) of functions and classes to stand for: an object of such a class is a
+            :class:`zoo_common.inert.Record` with its attributes, as in ``record.state["_parameters"]`` of a module.
+            They are not imported either.
         max_bytes: Memory that the content may take. By default four times the size of the file, at least 256 MiB.
 
     Raises:
@@ -46,13 +44,13 @@ def load_untrusted(path: str | Path, *, max_bytes: int | None = None) -> Any:  #
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: give the path of a .pt, .pth, .th or joblib file")
     size = path.stat().st_size
-    budget = Budget(max(_LEAST_BUDGET, 4 * size) if max_bytes is None else max_bytes)
+    budget = Budget(max(_LEAST_BUDGET, 4 * size) if max_bytes is None else max_bytes, stubs)
     try:
         with _SmallReads(path) as file:
             return _load(file, size, budget)
     except Refused as error:
         raise ValueError(f"{path}: {error}") from None
-    except (*_DAMAGE, *_CODEC_DAMAGE) as error:
+    except (*DAMAGE, zipfile.BadZipFile, lzma.LZMAError, zlib.error) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(
             f"{path} is damaged, or no torch or joblib file ({reason}): fetch it again from its source"
@@ -71,7 +69,7 @@ class _SmallReads(io.FileIO):
 class _Inflated(io.RawIOBase):
     """The inflated content of a compressed file, piece by piece."""
 
-    def __init__(self, file: Binary, codec: Any) -> None:  # noqa: ANN401 (three unrelated classes of the library)
+    def __init__(self, file: io.FileIO, codec: Any) -> None:  # noqa: ANN401 (three unrelated classes of the library)
         self._file, self._codec = file, codec
 
     def readable(self) -> bool:
@@ -116,12 +114,12 @@ def _load(file: io.FileIO, size: int, budget: Budget) -> Any:  # noqa: ANN401
     for magic, codec in _CODECS.items():
         if head.startswith(magic):
             with io.BufferedReader(_Inflated(file, codec()), 2**16) as inflated:
-                content = _load_pickles(Stream(inflated, sys.maxsize, budget))
+                content = load_pickles(Stream(inflated, sys.maxsize, budget))
                 if inflated.read(1):  # the end, where the checksum stands
                     raise ValueError("more content follows the end")
                 return content
     with io.BufferedReader(file, 2**16) as plain:
-        return _load_pickles(Stream(plain, size, budget))
+        return load_pickles(Stream(plain, size, budget))
 
 
 def _load_zip(file: io.FileIO, size: int, budget: Budget) -> Any:  # noqa: ANN401
@@ -140,13 +138,14 @@ def _load_zip(file: io.FileIO, size: int, budget: Budget) -> Any:  # noqa: ANN40
         def content(name: str) -> bytearray:
             info = members[roots[0] + name]
             with archive.open(info) as member:
-                return Stream(member, min(info.file_size, size), budget).fill(info.file_size)
+                stream = Stream(member, min(info.file_size, size), budget)
+                return stream.fill(bytearray(stream.check(info.file_size)))
 
         if f"{roots[0]}byteorder" in members and content("byteorder") != b"little":
             raise Refused("holds big-endian tensors, which are not read here: ask its author for a safetensors file")
         storages: dict[str, Tensor] = {}
 
-        def storage(kind: "Global", key: str, numel: int) -> Tensor:
+        def storage(kind: Global, key: str, numel: int) -> Tensor:
             if key not in storages:
                 storages[key] = flat_tensor(content(f"data/{key}"), kind.dtype)
             if storages[key].numel() != numel or storages[key].dtype != kind.dtype:
@@ -154,41 +153,4 @@ def _load_zip(file: io.FileIO, size: int, budget: Budget) -> Any:  # noqa: ANN40
             return storages[key]
 
         program = content("data.pkl")
-        return checked(*Machine(Stream(io.BytesIO(program), len(program), budget), _nested(budget), storage).run())
-
-
-def _load_pickles(stream: Stream) -> Any:  # noqa: ANN401
-    """A joblib file, or torch's format before 1.6 (which starts with a magic number); also inside joblib files."""
-    nested = _nested(stream.budget)
-    first, instructions = Machine(stream, nested).run()
-    if type(first) is not int or first != _TORCH_MAGIC:
-        return checked(first, instructions)
-    version, system = Machine(stream, nested).run()[0], Machine(stream, nested).run()[0]
-    if version != 1001 or not system.get("little_endian"):
-        raise Refused("holds big-endian tensors, or is of an unknown version: ask its author for a safetensors file")
-    storages: dict[str, tuple[bytearray, Tensor]] = {}
-
-    def storage(kind: "Global", key: str, numel: int) -> Tensor:
-        if key not in storages:
-            declared = sum(len(buffer) for buffer, _ in storages.values())
-            size = stream.check(declared + numel * kind.dtype.itemsize) - declared
-            buffer = bytearray(size)
-            storages[key] = buffer, flat_tensor(buffer, kind.dtype)
-        return storages[key][1]
-
-    content, instructions = Machine(stream, nested, storage).run()
-    for key in listed(Machine(stream, nested).run()[0]):
-        if type(key) is not str:
-            raise TypeError("the key of a storage is no text")
-        buffer, tensor = storages.pop(key)
-        if int.from_bytes(stream.read(8), "little") != tensor.numel():
-            raise ValueError(f"storage {key} does not hold the declared {tensor.numel()} elements")
-        stream.fill_into(buffer)
-    if storages:
-        raise EOFError(f"{len(storages)} storages are missing")
-    return checked(content, instructions)
-
-
-def _nested(budget: Budget) -> Callable[[bytes], Any]:
-    """Reads a file of torch that is a text of bytes in another pickle."""
-    return lambda content: _load_pickles(Stream(io.BytesIO(content), len(content), budget))
+        return Unpickler(Stream(io.BytesIO(program), len(program), budget), storage).load()
