@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # what a type checker sees
     from zoo_common.checkpoint import save_training as save_training
     from zoo_common.datasets import load_dataset as load_dataset
     from zoo_common.files import atomic_write as atomic_write
+    from zoo_common.formats import open_source as open_source
+    from zoo_common.formats.convert import convert as convert
     from zoo_common.layout import ParameterLayout as ParameterLayout
     from zoo_common.layout import TensorSpec as TensorSpec
     from zoo_common.population import Population as Population
@@ -45,11 +47,13 @@ _MODULE_OF = {
     "Zoo": "zoo",
     "ZooRecorder": "recorder",
     "atomic_write": "files",
+    "convert": "formats.convert",
     "get_task": "tasks",
     "load_checkpoint": "checkpoint",
     "load_dataset": "datasets",
     "load_training": "checkpoint",
     "load_untrusted": "untrusted",
+    "open_source": "formats",
     "save_checkpoint": "checkpoint",
     "save_training": "checkpoint",
     "task_names": "tasks",

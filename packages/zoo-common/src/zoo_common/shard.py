@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo_common.files import TensorFile, sha256, write_tensors
+from zoo_common.files import TensorFile, allocate, sha256, write_tensors
 from zoo_common.layout import ParameterLayout
 
 _KIND = "weightspace-zoo-shard"
@@ -70,7 +70,7 @@ def write_shard(path: str | Path, layout: ParameterLayout, runs: Sequence[Run], 
         raise ValueError(f"run {odd[0]!r}: metrics differ from those of run {runs[0].id!r}: {sorted(runs[0].metrics)}")
     lengths = [len(run.params) for run in runs]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    params = torch.empty(sum(lengths), layout.size, dtype=dtype)
+    params = allocate((sum(lengths), layout.size), dtype, Path(path).parent)
     for run, start in zip(runs, offsets, strict=False):
         _store(run, params[start : start + len(run.params)], layout)
     tensors = {"params": params, "offsets": torch.from_numpy(offsets)}
