@@ -7,6 +7,7 @@ Any flipped bit is therefore found, and any reader of ``safetensors`` can read t
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import stat
@@ -23,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-_LARGE = 2**27
-"""Bytes from which a matrix lies in a file."""
+_SMALL, _LARGE = 2**18, 2**27
+"""Bytes from which a matrix has pages of its own, and from which it lies in a file."""
 
 
 @contextmanager
@@ -95,8 +96,10 @@ def remove_leftovers(folder: Path) -> None:
 def allocate(shape: tuple[int, int], dtype: torch.dtype, scratch: Path | None = None) -> Tensor:
     """Room for a matrix; a large one lies in a nameless file in the folder ``scratch`` (default: the system's)."""
     count = shape[0] * shape[1]
-    if count * dtype.itemsize < _LARGE:
+    if count * dtype.itemsize < _SMALL:
         return torch.empty(shape, dtype=dtype)
+    if count * dtype.itemsize < _LARGE:  # pages of its own, which go back at once: a heap of such blocks only grows
+        return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype).view(shape)
     handle, name = tempfile.mkstemp(dir=scratch, prefix=".")
     os.close(handle)
     try:

@@ -24,6 +24,9 @@ from zoo_common.layout import ParameterLayout
 _KIND = "weightspace-zoo-shard"
 _NAME = re.compile(r"[\w=+@,-][\w.=+@,-]{0,127}", re.ASCII)
 
+_BLOCK = 2**24
+"""Numbers that are cast and checked at a time."""
+
 Numbers = Tensor | np.ndarray | Sequence[float]
 
 
@@ -109,10 +112,13 @@ def _check_run(run: Run, layout: ParameterLayout) -> None:
 
 def _store(run: Run, out: Tensor, layout: ParameterLayout) -> None:
     """Cast the parameters of a run into ``out`` (C, D); a finite value that becomes infinite is an error."""
-    out.copy_(run.params.detach())
-    if torch.finfo(out.dtype).max >= torch.finfo(run.params.dtype).max:
-        return
-    overflow = (out.isinf() & run.params.detach().cpu().isfinite()).any(dim=0)
+    overflow = torch.zeros(layout.size, dtype=torch.bool)
+    narrow = torch.finfo(out.dtype).max < torch.finfo(run.params.dtype).max
+    rows = max(1, _BLOCK // layout.size)
+    for part, given in zip(out.split(rows), run.params.detach().split(rows), strict=True):
+        part.copy_(given)
+        if narrow:
+            overflow |= (part.isinf() & given.cpu().isfinite()).any(dim=0)
     if overflow.any():
         bad = [name for name, part in layout.unflatten(overflow).items() if part.any()]
         limit = torch.finfo(out.dtype).max

@@ -81,6 +81,7 @@ _LONG_EPOCH = 100_000
 _ORIGIN = "from_gpt"
 """Key of a run's config with what is needed to write the same keys and record again, where the rest does not say it."""
 _MOST_OPEN = 64
+_DAMAGE = (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.VersionMismatchError)
 
 
 class LmdbRuns(Source):
@@ -368,10 +369,12 @@ def _environment(folder: Path) -> lmdb.Environment:
     if place not in _open:
         while len(_open) >= _MOST_OPEN:
             _open.popitem(last=False)[1].close()
+        size = (folder / "data.mdb").stat().st_size
+        if size == 0:
+            raise BadRunError(f"{folder / 'data.mdb'} is empty: restore it from another copy")
         _open[place] = lmdb.open(place, readonly=True, lock=False, readahead=False, create=False)
-        size, needed = (folder / "data.mdb").stat().st_size, _open[place].info()["last_pgno"] + 1
-        if size < needed * _open[place].stat()["psize"]:  # reading beyond the end would end the process
-            _open.pop(place).close()
+        if size < (_open[place].info()["last_pgno"] + 1) * _open[place].stat()["psize"]:
+            _open.pop(place).close()  # reading beyond the end would end the process
             raise BadRunError(f"{folder / 'data.mdb'} is truncated: restore it from another copy")
     _open.move_to_end(place)
     return _open[place]
@@ -383,5 +386,7 @@ def _records(folder: Path) -> Iterator[Callable[[str], Any]]:
     try:
         with _environment(folder).begin(buffers=True) as transaction:
             yield lambda key: transaction.get(key.encode())
-    except lmdb.Error as error:
+    except _DAMAGE as error:
         raise BadRunError(f"{folder / 'data.mdb'} is damaged ({error}): restore it from another copy") from error
+    except lmdb.Error as error:
+        raise OSError(f"cannot read {folder / 'data.mdb'}: {error}") from error
