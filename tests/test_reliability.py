@@ -115,14 +115,27 @@ def test_ctrl_c_is_one_line_and_what_was_done_is_kept(workshop, tmp_path, progra
 @pytest.mark.reliability
 @pytest.mark.parametrize(
     ("program", "limit", "name"),
-    [(GENERATE, 10_000, "runs-0000000.safetensors"), (DENOISE, 60_000, "state.safetensors"), (DENOISE, 700, "config")],
-    ids=["generate", "train", "train, nothing fits"],
+    [
+        (GENERATE, 10_000, "runs-0000000.safetensors"),
+        (DENOISE, 60_000, "state.safetensors"),
+        (DENOISE, 700, "config"),
+        (CONVERT[3], 3000, "digits-s0-0000000"),
+    ],
+    ids=["generate", "train", "train, nothing fits", "convert to trials"],
 )
 def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(workshop, tmp_path, program, limit, name):
     result = run([PROGRAMS / "restricted.py", str(limit), *interpreted(workshop.command(program, tmp_path))])
     assert_one_error_line(result, "File too large", name)
     assert not list(tmp_path.rglob(f"*{name}*"))
     workshop.finish(program, tmp_path)
+
+
+@pytest.mark.reliability
+def test_a_full_disk_under_lmdb_is_one_line(workshop, tmp_path):
+    result = run([PROGRAMS / "restricted.py", "10000", *interpreted(workshop.command(CONVERT[2], tmp_path))])
+    assert_one_error_line(result, "cannot write", "/000000")
+    assert not list(tmp_path.iterdir())
+    workshop.finish(CONVERT[2], tmp_path)
 
 
 @pytest.mark.reliability

@@ -69,6 +69,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: There is something at ``path``.
+        OSError: It cannot be written, or the disk is full; the error's file name is ``path``.
     """
     if path.exists():
         raise FileExistsError(f"{path} is there already, and not a whole run: remove it")
@@ -82,6 +83,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                     os.fsync(written.fileno())
             sync_folder(Path(folder))
         os.rename(temporary, path)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(path.parent)
@@ -101,10 +106,15 @@ def allocate(shape: tuple[int, int], dtype: torch.dtype, scratch: Path | None = 
     if count * dtype.itemsize < _LARGE:  # pages of its own, which go back at once: a heap of such blocks only grows
         return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype).view(shape)
     handle, name = tempfile.mkstemp(dir=scratch, prefix=".")
-    os.close(handle)
     try:
+        if hasattr(os, "posix_fallocate"):  # or else a full disk would end the process at the first write to the map
+            os.posix_fallocate(handle, 0, count * dtype.itemsize)
         return torch.from_file(name, shared=True, size=count, dtype=dtype).view(shape)
+    except OSError as error:
+        error.filename = str(Path(name).parent)
+        raise
     finally:
+        os.close(handle)
         os.unlink(name)
 
 

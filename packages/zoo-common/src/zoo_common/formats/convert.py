@@ -112,9 +112,7 @@ def _convert_run(runs: Source, run_id: str, writer: Writer, skip: bool, done: Co
         run = runs.read(run_id)
     except OtherLayoutError as error:
         if not skip:
-            raise ValueError(
-                f"{error}: convert it to another target, or pass over it (--skip-other-layouts)"
-            ) from error
+            raise ValueError(f"{error}; pass over such runs with --skip-other-layouts") from error
         done.other_layouts[run_id] = str(error)
     except BadRunError as error:
         done.dropped_runs[run_id] = str(error)

@@ -170,8 +170,12 @@ class LmdbRuns(Source):
         if not (found.dropped or "zoo" in record):  # what the rest does not say
             if _written(_with(run, origin), name, self.layout, {})[0] != kept:
                 origin["keys"] = kept
-            if not _same(_written(_with(run, origin), name, self.layout, {})[1], record):
-                origin["record"] = record
+            rebuilt = _written(_with(run, origin), name, self.layout, {})[1]
+            if not _same(rebuilt, record):
+                own, rest = record.get("metadata", {}), {**record, "metadata": rebuilt["metadata"]}
+                odd = {key: value for key, value in own.items() if not _same(value, rebuilt["metadata"].get(key))}
+                few = _same(rest, rebuilt) and own.keys() >= rebuilt["metadata"].keys()
+                origin |= {"metadata": odd} if few else {"record": record}
         return _with(run, origin)
 
     def close(self) -> None:
@@ -260,18 +264,23 @@ class LmdbWriter:
             raise ValueError(f"tensors of {sizes.max()} numbers do not fit the format, which keeps sizes as float32")
         keys, record = _written(run, name, self._layout, self._noted)
         pages = len(keys) * (4 * self._layout.size // 4096 + 16)
-        with atomic_folder(self.path / self._names[run.id]) as folder:
-            with lmdb.open(str(folder), map_size=2 * 4096 * pages + 2**20, sync=False) as environment:
-                for position, key in enumerate(keys):
-                    with environment.begin(write=True) as transaction:
-                        vector = run.params[position].float().numpy()
-                        transaction.put(key.encode(), vector.astype("<f4").tobytes())
-                        transaction.put(f"{key}_arch".encode(), sizes.astype("<f4").tobytes())
-                        if "train_ret" in record["checkpoints"][key]:
-                            value = np.array([record["checkpoints"][key]["train_ret"]], "<f4")
-                            transaction.put(f"{key}_train_ret".encode(), value.tobytes())
+        with atomic_folder(self.path / name) as folder:
+            try:
+                with lmdb.open(str(folder), map_size=2 * 4096 * pages + 2**20, sync=False) as environment:
+                    self._put(environment, run, record["checkpoints"])
+            except lmdb.Error as error:
+                raise OSError(f"cannot write {self.path / name}: {error}") from error
             (folder / "runs.json").write_text(json.dumps(record, indent=2, sort_keys=True))
             (folder / "DONE.txt").touch()
+
+    def _put(self, environment: lmdb.Environment, run: Run, rows: Mapping[str, Mapping[str, float]]) -> None:
+        sizes = np.array(self._layout.sizes, "<f4").tobytes()
+        for (key, row), vector in zip(rows.items(), run.params, strict=True):
+            with environment.begin(write=True) as transaction:  # one for each, or else memory holds the run
+                transaction.put(key.encode(), vector.float().numpy().astype("<f4").tobytes())
+                transaction.put(f"{key}_arch".encode(), sizes)
+                if "train_ret" in row:
+                    transaction.put(f"{key}_train_ret".encode(), np.array([row["train_ret"]], "<f4").tobytes())
 
 
 def _names(folder: str) -> list[str]:
@@ -324,7 +333,7 @@ def _written(
     shown = {metric: column for metric, column in columns.items() if not metric.startswith("avg_train_")}
     best = {f"optimal_{metric.removeprefix('avg_')}": _best(metric, column) for metric, column in shown.items()}
     rows = {key: {metric: column[i] for metric, column in columns.items()} for i, key in enumerate(keys)}
-    metadata = {**shown, **best, "min_parameter_val": low, "max_parameter_val": high}
+    metadata = {**shown, **best, "min_parameter_val": low, "max_parameter_val": high} | origin.get("metadata", {})
     other = layout != _derived(layout.sizes, origin.get("task"))
     beside = {
         "id": noted.get("id") and run.id,

@@ -10,6 +10,7 @@ In a zoo, the numbers of an epoch's line are metrics, and its step is the epoch.
 config under ``from_trial``: ``constants`` (entries that all lines share) and the ``lines`` of epochs without a checkpoint.
 """
 
+import io
 import json
 import math
 import re
@@ -145,7 +146,9 @@ class TrialWriter:
             (folder / "result.json").write_text("".join(texts))
             for position, epoch in enumerate(epochs):
                 (folder / f"checkpoint_{epoch:06d}").mkdir()
-                torch.save(self._state(run, position), folder / f"checkpoint_{epoch:06d}" / "checkpoints")
+                content = io.BytesIO()  # torch writes files too, but does not say why it cannot
+                torch.save(self._state(run, position), content)
+                (folder / f"checkpoint_{epoch:06d}" / "checkpoints").write_bytes(content.getbuffer())
 
     def _state(self, run: Run, position: int) -> dict[str, Tensor]:
         """Tensors in memory of their own (a view is saved with all that it is a view of), tied ones still tied."""

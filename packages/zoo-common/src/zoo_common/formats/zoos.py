@@ -13,7 +13,7 @@ from zoo_common.manifest import DTYPES
 from zoo_common.shard import Run, Shard
 from zoo_common.zoo import Zoo
 
-_SHARD_BYTES, _SHARD_RUNS = 2**25, 1000
+_SHARD_BYTES, _SHARD_RUNS = 2**26, 1000
 
 
 class ZooRuns(Source):
