@@ -521,6 +521,16 @@ def test_runs_of_other_layouts_in_a_zoo_are_told_apart(own, tmp_path):
     assert quietly(own.path, tmp_path / "gpt", target_format="gpt", skip_other_layouts=True).present == 5
 
 
+@pytest.mark.parametrize("kind", ["zoo", "gpt", "trials"])
+def test_the_order_of_the_tensors_does_not_count(own, tmp_path, kind):
+    swapped = ParameterLayout.from_state_dict(dict(reversed(make_net(5).state_dict().items())))
+    wide = own.with_layout(swapped)
+    wide.append([Run("swapped", swapped.stack([make_net(5).state_dict()]), [0], buffers=zero(own, 1))], name="t")
+    quietly(own.path, tmp_path / "out", target_format=kind)
+    run = open_source(tmp_path / "out").read("swapped")
+    assert torch.equal(run.params[0], own.layout.flatten(make_net(5)))
+
+
 def test_damage_of_a_shard_stops_the_conversion(own, tmp_path):
     file = own.path / "shards" / "s2.safetensors"
     content = bytearray(file.read_bytes())

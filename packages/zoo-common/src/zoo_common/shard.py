@@ -24,7 +24,7 @@ from zoo_common.layout import ParameterLayout
 _KIND = "weightspace-zoo-shard"
 _NAME = re.compile(r"[\w=+@,-][\w.=+@,-]{0,127}", re.ASCII)
 
-_BLOCK = 2**24
+_BLOCK = 2**22
 """Numbers that are cast and checked at a time."""
 
 Numbers = Tensor | np.ndarray | Sequence[float]

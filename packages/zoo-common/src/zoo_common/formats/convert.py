@@ -58,7 +58,7 @@ def convert(
 ) -> Converted:
     """Convert the runs of a folder; started again, it goes on where it was interrupted.
 
-    Memory holds one run, or the 64 MB of a shard; a larger run lies in a nameless file beside the target. A run is in
+    Memory holds one run, or the 32 MB of a shard; a larger run lies in a nameless file beside the target. A run is in
     the target whole or not at all. One conversion at a time may write to a target.
 
     Args:

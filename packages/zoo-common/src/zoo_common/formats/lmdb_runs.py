@@ -80,7 +80,7 @@ _LONG_EPOCH = 100_000
 """Steps from one epoch to the next where the true number is not known: more than the five digits of a key hold."""
 _ORIGIN = "from_gpt"
 """Key of a run's config with what is needed to write the same keys and record again, where the rest does not say it."""
-_MOST_OPEN = 64
+_MOST_OPEN = 8
 _DAMAGE = (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.VersionMismatchError)
 
 
@@ -144,7 +144,8 @@ class LmdbRuns(Source):
     def read(self, run_id: str) -> Run:
         """Read one run."""
         name, record = self._names[run_id], self._record(run_id)
-        self.check_layout(run_id, self._layout(run_id))
+        layout = self._layout(run_id)
+        self.check_layout(run_id, layout)
         keys = sorted(record["checkpoints"])
         found = Checkpoints(self, len(keys))
         with _records(self._folders[run_id]) as get:
@@ -154,7 +155,8 @@ class LmdbRuns(Source):
                     size = "is missing" if value is None else f"has {len(value)} bytes, not {4 * self.layout.size}"
                     found.dropped.append(f"{self._folders[run_id]}: record {key!r} {size}")
                 else:
-                    found.add(position, key, torch.from_numpy(np.frombuffer(value, "<f4").astype("f4")))
+                    vector = torch.from_numpy(np.frombuffer(value, "<f4").astype("f4"))
+                    found.add(position, key, self.in_order(vector, layout))
         kept = [keys[position] for position in found.kept]
         rows = [record["checkpoints"][key] for key in kept]
         back = {short: own for own, short in _RENAMED.items()} if self._own(run_id, "renamed") else {}

@@ -77,6 +77,10 @@ class Source(ABC):
                     f"{other.get(name, 'absent')} there and {expected.get(name, 'absent')} here"
                 )
 
+    def in_order(self, vectors: Tensor, found: ParameterLayout) -> Tensor:
+        """Vectors (..., D) of a layout with the same tensors, in the order of :attr:`layout`."""
+        return vectors if found.names == self.layout.names else self.layout.flatten(found.unflatten(vectors))
+
 
 class Writer(Protocol):
     """Writes runs to a folder."""

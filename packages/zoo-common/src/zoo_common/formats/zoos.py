@@ -9,11 +9,11 @@ import torch
 
 from zoo_common.formats.source import Source
 from zoo_common.layout import ParameterLayout
-from zoo_common.manifest import DTYPES
+from zoo_common.manifest import DTYPES, read_layout
 from zoo_common.shard import Run, Shard
 from zoo_common.zoo import Zoo
 
-_SHARD_BYTES, _SHARD_RUNS = 2**26, 1000
+_SHARD_BYTES, _SHARD_RUNS = 2**25, 1000
 
 
 class ZooRuns(Source):
@@ -45,8 +45,10 @@ class ZooRuns(Source):
     def read(self, run_id: str) -> Run:
         """Views of one run."""
         known, start, stop = self._rows[run_id]
-        if known.layout_id != self.layout.id:
-            self.check_layout(run_id, self._zoo.with_layout(known.layout_id).layout)
+        layout = self.layout
+        if known.layout_id != layout.id:
+            layout = read_layout(self.path, known.layout_id)
+            self.check_layout(run_id, layout)
         if self._mapped is None or self._mapped.name != known.name:
             self._mapped = Shard(known.file.path)  # a fresh mapping: the last one, with all its pages, goes
             self._mapped.file.check()
@@ -54,7 +56,8 @@ class ZooRuns(Source):
         metrics = {name: shard.column(f"metrics/{name}")[rows] for name in shard.metric_names}
         buffers = shard.buffers((spec.name for spec in self.layout.buffers), rows)
         config = shard.configs[shard.run_ids.index(run_id)]
-        return Run(run_id, shard.params[rows], shard.column("step")[rows].tolist(), metrics, config, buffers)
+        params = self.in_order(shard.params[rows], layout)
+        return Run(run_id, params, shard.column("step")[rows].tolist(), metrics, config, buffers)
 
 
 class ZooWriter:
