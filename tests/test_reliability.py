@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from support.reliability import (
     assert_one_error_line,
     assert_same_files,
@@ -14,6 +15,7 @@ from support.reliability import (
     run_signalled,
     truncate,
 )
+from zoo_common import ParameterLayout, Run, Zoo
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -26,8 +28,17 @@ GENERATE = (
     "gpt-diffusion generate digits {folder} --runs 24 --chunk 1 --steps 30 --save-count 5 --strategy stacked "
     "--split 0.7 0.15 0.15 --device cpu"
 )
+CONVERT = (
+    "convert_in_small_shards.py {zoo} {folder} --dtype bfloat16",
+    "convert_in_small_shards.py {gpt} {folder}",
+    "zoo convert {zoo} {folder} --to gpt",
+    "zoo convert {zoo} {folder} --to trials",
+)
 DENOISE = "train_denoiser.py {folder} {zoo}"
-STATE = ("state.safetensors",)  # holds Python's global random state, which the command does not use
+STATE = (
+    "state.safetensors",  # holds Python's global random state, which the command does not use
+    "lock.mdb",  # of the process that wrote
+)
 
 
 class Workshop:
@@ -41,6 +52,8 @@ class Workshop:
         paths = {"folder": folder}
         if "{zoo}" in program:
             paths["zoo"] = self.whole(GENERATE)
+        if "{gpt}" in program:
+            paths["gpt"] = self.whole(CONVERT[2])
         first, *rest = program.split()
         return [PROGRAMS / first if first.endswith(".py") else first, *(word.format(**paths) for word in rest)]
 
@@ -70,7 +83,7 @@ def workshop(tmp_path_factory):
 
 
 def name_of(value):
-    return " ".join(word for word in str(value).split()[:2] if "{" not in word)
+    return " ".join(word for word in str(value).split() if "{" not in word)
 
 
 @pytest.mark.parametrize("program", [RECORD, TRAIN, GENERATE, DENOISE], ids=name_of)
@@ -79,7 +92,7 @@ def test_killed_once_and_resumed_equals_uninterrupted(workshop, tmp_path, progra
 
 
 @pytest.mark.reliability
-@pytest.mark.parametrize("program", [RECORD, TRAIN, TRAIN_ADAMW, GENERATE, DENOISE], ids=name_of)
+@pytest.mark.parametrize("program", [RECORD, TRAIN, TRAIN_ADAMW, GENERATE, DENOISE, *CONVERT], ids=name_of)
 @pytest.mark.parametrize("seed", range(1, 3))
 def test_killed_often_and_resumed_equals_uninterrupted(workshop, tmp_path, program, seed):
     workshop.kill(program, tmp_path, seed=seed, kills=6)
@@ -102,14 +115,27 @@ def test_ctrl_c_is_one_line_and_what_was_done_is_kept(workshop, tmp_path, progra
 @pytest.mark.reliability
 @pytest.mark.parametrize(
     ("program", "limit", "name"),
-    [(GENERATE, 10_000, "runs-0000000.safetensors"), (DENOISE, 60_000, "state.safetensors"), (DENOISE, 700, "config")],
-    ids=["generate", "train", "train, nothing fits"],
+    [
+        (GENERATE, 10_000, "runs-0000000.safetensors"),
+        (DENOISE, 60_000, "state.safetensors"),
+        (DENOISE, 700, "config"),
+        (CONVERT[3], 3000, "digits-s0-0000000"),
+    ],
+    ids=["generate", "train", "train, nothing fits", "convert to trials"],
 )
 def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(workshop, tmp_path, program, limit, name):
     result = run([PROGRAMS / "restricted.py", str(limit), *interpreted(workshop.command(program, tmp_path))])
     assert_one_error_line(result, "File too large", name)
     assert not list(tmp_path.rglob(f"*{name}*"))
     workshop.finish(program, tmp_path)
+
+
+@pytest.mark.reliability
+def test_a_full_disk_under_lmdb_is_one_line(workshop, tmp_path):
+    result = run([PROGRAMS / "restricted.py", "10000", *interpreted(workshop.command(CONVERT[2], tmp_path))])
+    assert_one_error_line(result, "cannot write", "/000000")
+    assert not list(tmp_path.iterdir())
+    workshop.finish(CONVERT[2], tmp_path)
 
 
 @pytest.mark.reliability
@@ -126,3 +152,30 @@ def test_a_damaged_zoo_is_one_clear_line(workshop, tmp_path):
     shutil.copytree(workshop.whole(RECORD), tmp_path / "zoo")
     truncate(tmp_path / "zoo" / "shards" / "run-3.safetensors")
     assert_one_error_line(run(["zoo", "inspect", tmp_path / "zoo"]), "run-3.safetensors is truncated", "restore it")
+
+
+def big_zoo(path, runs, checkpoints, size):
+    """A zoo of ``runs * checkpoints * size`` parameters of a network with two tensors."""
+    layout = ParameterLayout.from_state_dict(
+        {"weight": torch.empty(size - 1, 1, device="meta"), "bias": torch.empty(1)}
+    )
+    zoo = Zoo.create(path, layout=layout)
+    for i in range(runs):
+        params = torch.full((checkpoints, size), float(i))
+        params[:, -1] = torch.arange(checkpoints)
+        zoo.append([Run(f"{i:06d}", params, range(checkpoints), {"train_ret": range(checkpoints)})])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt", "trials"])
+@pytest.mark.parametrize(("runs", "checkpoints"), [(80, 2), (1, 160)], ids=["many runs", "a long run"])
+def test_conversion_needs_little_memory_for_any_size(tmp_path, kind, runs, checkpoints):
+    big_zoo(tmp_path / "zoo", runs, checkpoints, size=2**20)  # 640 MB
+    for source, target, way in (("zoo", "out", kind), ("out", "back", "zoo")):
+        result = run([PROGRAMS / "convert_measured.py", tmp_path / source, tmp_path / target, way])
+        assert result.returncode == 0, result.stderr
+        print(kind, source, target, result.stdout)
+        assert float(result.stdout) < 200
+    back, zoo = Zoo.open(tmp_path / "back"), Zoo.open(tmp_path / "zoo")
+    assert back.run_ids == zoo.run_ids
+    assert all(torch.equal(back.params[run_id], zoo.params[run_id]) for run_id in zoo.run_ids)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # what a type checker sees
     from zoo_common.checkpoint import save_training as save_training
     from zoo_common.datasets import load_dataset as load_dataset
     from zoo_common.files import atomic_write as atomic_write
+    from zoo_common.formats import open_source as open_source
+    from zoo_common.formats.convert import convert as convert
     from zoo_common.hub import fetch_file as fetch_file
     from zoo_common.hub import pull_zoo as pull_zoo
     from zoo_common.hub import push_file as push_file
@@ -49,12 +51,14 @@ _MODULE_OF = {
     "Zoo": "zoo",
     "ZooRecorder": "recorder",
     "atomic_write": "files",
+    "convert": "formats.convert",
     "fetch_file": "hub",
     "get_task": "tasks",
     "load_checkpoint": "checkpoint",
     "load_dataset": "datasets",
     "load_training": "checkpoint",
     "load_untrusted": "untrusted",
+    "open_source": "formats",
     "pull_zoo": "hub",
     "push_file": "hub",
     "push_zoo": "hub",

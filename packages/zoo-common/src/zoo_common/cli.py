@@ -4,13 +4,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from zoo_common.command import Commands, run_command
 
-DESCRIPTION = """Inspect, check, merge and share zoos: folders of training runs.
+DESCRIPTION = """Inspect, check, merge, convert and share zoos: folders of training runs.
 
 Examples:
   zoo inspect my-zoo                 what it holds, from the headers alone
@@ -19,6 +19,8 @@ Examples:
   zoo merge all-runs part-1 part-2   bring zoos together, without copying on one disk
   zoo push my-zoo me/my-zoo          upload to a hub (HF_ENDPOINT), with the token HF_TOKEN
   zoo pull me/my-zoo copy            download what is missing; safe to repeat
+  zoo convert runs my-zoo            from the datasets of G.pt, trial folders of Ray Tune, .pt and .safetensors files
+  zoo convert my-zoo runs --to gpt   and back (or: --to trials)
 """
 
 
@@ -38,6 +40,36 @@ class VerifyConfig:
 
     zoo: Positional[Path]
     """Folder of the zoo."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Convert runs from or to a published format; after an interruption, the same command goes on."""
+
+    source: Positional[Path]
+    """Folder of runs: a zoo, a dataset of G.pt (LMDB), trial folders of Ray Tune, or .pt and .safetensors files."""
+    target: Positional[Path]
+    """Folder to make, or to go on with."""
+    source_format: Annotated[Literal["auto", "zoo", "gpt", "trials", "files"], arg(name="from")] = "auto"
+    """Format of the source; auto: by what lies in the folder."""
+    target_format: Annotated[Literal["zoo", "gpt", "trials"], arg(name="to")] = "zoo"
+    """Format of the target."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """How a zoo stores parameters; default: as the source does."""
+    task: str | None = None
+    """Task of the runs; gives names and shapes to the tensors of a G.pt dataset other than the three published ones."""
+    epochs: tuple[int, ...] = ()
+    """Which checkpoints of trial folders to read; default: all."""
+    steps_per_epoch: int | None = None
+    """Iterations in an epoch of a G.pt dataset (MNIST 468, CIFAR-10 390); without it, epoch 3 begins at step 300000."""
+    verify_done: bool = False
+    """Pass over folders of a G.pt dataset without DONE.txt."""
+    skip_other_layouts: bool = False
+    """Pass over runs of another architecture than the first one's, instead of stopping there."""
+    limit_runs: int | None = None
+    """Convert the first runs only."""
     json: bool = False
     """Print one JSON object."""
 
@@ -96,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "merge": (MergeConfig, merge),
         "push": (PushConfig, push),
         "pull": (PullConfig, pull),
+        "convert": (ConvertConfig, convert),
     }
     return run_command("zoo", DESCRIPTION, commands, argv, package="zoo-common")
 
@@ -171,6 +204,14 @@ def _hide_bars(hide: bool) -> None:
 
     if hide:
         disable_progress_bars()
+
+
+def convert(config: ConvertConfig) -> None:
+    """Convert a folder of runs and print what was done."""
+    from zoo_common.formats.convert import convert
+
+    options = {name: value for name, value in vars(config).items() if name != "json"}
+    _show(asdict(convert(**options)), config.json)
 
 
 def _show(summary: dict[str, Any], as_json: bool) -> None:

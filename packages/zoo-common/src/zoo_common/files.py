@@ -7,8 +7,11 @@ Any flipped bit is therefore found, and any reader of ``safetensors`` can read t
 
 import hashlib
 import json
+import mmap
 import os
+import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+_SMALL, _LARGE = 2**18, 2**27
+"""Bytes from which a matrix has pages of its own, and from which it lies in a file."""
 
 
 @contextmanager
@@ -55,6 +61,61 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give a new hidden folder beside ``path`` that takes this name, with all its content on disk, when the block ends.
+
+    Raises:
+        FileExistsError: There is something at ``path``.
+        OSError: It cannot be written, or the disk is full; the error's file name is ``path``.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} is there already, and not a whole run: remove it")
+    temporary = path.with_name(f".{uuid.uuid4().hex}-{path.name}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary, topdown=False):
+            for name in names:
+                with open(os.path.join(folder, name), "rb+") as written:
+                    os.fsync(written.fileno())
+            sync_folder(Path(folder))
+        os.rename(temporary, path)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers of :func:`atomic_folder` left in a folder; no other may be at work in it."""
+    for entry in folder.glob("." + "[0-9a-f]" * 32 + "-*"):
+        shutil.rmtree(entry, ignore_errors=True)
+
+
+def allocate(shape: tuple[int, int], dtype: torch.dtype, scratch: Path | None = None) -> Tensor:
+    """Room for a matrix; a large one lies in a nameless file in the folder ``scratch`` (default: the system's)."""
+    count = shape[0] * shape[1]
+    if count * dtype.itemsize < _SMALL:
+        return torch.empty(shape, dtype=dtype)
+    if count * dtype.itemsize < _LARGE:  # pages of its own, which go back at once: a heap of such blocks only grows
+        return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype).view(shape)
+    handle, name = tempfile.mkstemp(dir=scratch, prefix=".")
+    try:
+        if hasattr(os, "posix_fallocate"):  # or else a full disk would end the process at the first write to the map
+            os.posix_fallocate(handle, 0, count * dtype.itemsize)
+        return torch.from_file(name, shared=True, size=count, dtype=dtype).view(shape)
+    except OSError as error:
+        error.filename = str(Path(name).parent)
+        raise
+    finally:
+        os.close(handle)
+        os.unlink(name)
 
 
 def sync_folder(folder: Path) -> None:

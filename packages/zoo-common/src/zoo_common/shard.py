@@ -18,11 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo_common.files import TensorFile, sha256, write_tensors
+from zoo_common.files import TensorFile, allocate, sha256, write_tensors
 from zoo_common.layout import ParameterLayout
 
 _KIND = "weightspace-zoo-shard"
 _NAME = re.compile(r"[\w=+@,-][\w.=+@,-]{0,127}", re.ASCII)
+
+_BLOCK = 2**22
+"""Numbers that are cast and checked at a time."""
 
 Numbers = Tensor | np.ndarray | Sequence[float]
 
@@ -70,7 +73,7 @@ def write_shard(path: str | Path, layout: ParameterLayout, runs: Sequence[Run], 
         raise ValueError(f"run {odd[0]!r}: metrics differ from those of run {runs[0].id!r}: {sorted(runs[0].metrics)}")
     lengths = [len(run.params) for run in runs]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    params = torch.empty(sum(lengths), layout.size, dtype=dtype)
+    params = allocate((sum(lengths), layout.size), dtype, Path(path).parent)
     for run, start in zip(runs, offsets, strict=False):
         _store(run, params[start : start + len(run.params)], layout)
     tensors = {"params": params, "offsets": torch.from_numpy(offsets)}
@@ -109,10 +112,13 @@ def _check_run(run: Run, layout: ParameterLayout) -> None:
 
 def _store(run: Run, out: Tensor, layout: ParameterLayout) -> None:
     """Cast the parameters of a run into ``out`` (C, D); a finite value that becomes infinite is an error."""
-    out.copy_(run.params.detach())
-    if torch.finfo(out.dtype).max >= torch.finfo(run.params.dtype).max:
-        return
-    overflow = (out.isinf() & run.params.detach().cpu().isfinite()).any(dim=0)
+    overflow = torch.zeros(layout.size, dtype=torch.bool)
+    narrow = torch.finfo(out.dtype).max < torch.finfo(run.params.dtype).max
+    rows = max(1, _BLOCK // layout.size)
+    for part, given in zip(out.split(rows), run.params.detach().split(rows), strict=True):
+        part.copy_(given)
+        if narrow:
+            overflow |= (part.isinf() & given.cpu().isfinite()).any(dim=0)
     if overflow.any():
         bad = [name for name, part in layout.unflatten(overflow).items() if part.any()]
         limit = torch.finfo(out.dtype).max
