@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # what a type checker sees
     from zoo_common.tokens import ChannelTokenizer as ChannelTokenizer
     from zoo_common.tokens import LayerTokenizer as LayerTokenizer
     from zoo_common.untrusted import load_untrusted as load_untrusted
+    from zoo_common.windows import HaloWindows as HaloWindows
     from zoo_common.zoo import Pairs as Pairs
     from zoo_common.zoo import Run as Run
     from zoo_common.zoo import RunInfo as RunInfo
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # what a type checker sees
 _MODULE_OF = {
     "ChannelTokenizer": "tokens",
     "Checkpoint": "checkpoint",
+    "HaloWindows": "windows",
     "LayerTokenizer": "tokens",
     "Pairs": "zoo",
     "ParameterLayout": "layout",
