@@ -29,13 +29,13 @@ def test_a_damaged_tensor_is_named(zoo):
     content = path.read_bytes()
     position = content.index(first)
     path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
-    assert verify_zoo(zoo.path).problems == ("shard '1': tensor 'params' is damaged: wrong SHA-256",)
+    assert verify_zoo(zoo.path).problems == ("shard '1': tensor 'params' is damaged: wrong SHA-256, in run 'c'",)
 
 
 def test_every_bad_shard_is_listed(zoo):
     truncate(zoo.path / "shards" / "0.safetensors")
     shutil.copy(zoo.path / "shards" / "1.safetensors", zoo.path / "shards" / "copy.safetensors")
-    (zoo.path / "shards" / ".1234-2.safetensors").write_bytes(b"left by a killed writer")
+    (zoo.path / "shards" / f".{'1f' * 16}-2.safetensors").write_bytes(b"left by a killed writer")
     report = verify_zoo(zoo.path)
     assert report.leftovers == 1 and len(report.problems) == 2
     assert "0.safetensors is truncated" in report.problems[0]

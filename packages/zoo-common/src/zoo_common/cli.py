@@ -16,6 +16,7 @@ Examples:
   zoo inspect my-zoo                 what it holds, from the headers alone
   zoo inspect my-zoo --json          the same for programs
   zoo verify my-zoo                  read every byte; status 1 if anything is wrong
+  zoo verify my-zoo --repair         then move unreadable shards aside and remove what killed writers left
   zoo merge all-runs part-1 part-2   bring zoos together, without copying on one disk
 """
 
@@ -36,6 +37,11 @@ class VerifyConfig:
 
     zoo: Positional[Path]
     """Folder of the zoo."""
+    repair: bool = False
+    """Move shards that keep the zoo from opening to quarantine/ in the zoo, and remove temporary files of killed writers;
+    nothing that can be read is changed."""
+    older_than: float = 3600.0
+    """Seconds since the last write after which a temporary file counts as left by a killed writer."""
     json: bool = False
     """Print one JSON object."""
 
@@ -76,6 +82,8 @@ def inspect(config: InspectConfig) -> None:
     for name, column in zoo.metrics.items():
         finite = column.padded()[np.isfinite(column.padded())]
         metrics[name] = [finite.min().item(), finite.max().item()] if finite.size else None
+    rounding = zoo.rounding()
+    lost = rounding and {"largest": rounding.largest, "relative_rms": rounding.relative_rms}
     summary: dict[str, Any] = {
         "task": zoo.task,
         "creator": zoo.creator,
@@ -89,6 +97,8 @@ def inspect(config: InspectConfig) -> None:
         "splits": {split: len(zoo.split(split)) for split in SPLITS},
         "metrics": metrics,
         "bytes": sum(shard.file.path.stat().st_size for shard in zoo.shards.values()),
+        "storage": zoo.storage,
+        "rounding_error": lost,
         "attributes": zoo.attributes,
     }
     _show(summary, config.json)
@@ -98,8 +108,9 @@ def verify(config: VerifyConfig) -> int:
     """Print the report on a zoo; status 1 if there are problems."""
     from zoo_common.verify import verify_zoo
 
-    report = verify_zoo(config.zoo)
-    _show({**asdict(report), "problems": list(report.problems)}, config.json)
+    report = verify_zoo(config.zoo, repair=config.repair, older_than=config.older_than, progress=not config.json)
+    lists = {"problems": list(report.problems), "quarantined": list(report.quarantined)}
+    _show(asdict(report) | lists, config.json)
     if report.problems:
         raise ValueError(f"{config.zoo}: {len(report.problems)} problem(s), the first: {report.problems[0]}")
     return 0

@@ -46,9 +46,8 @@ def merge_zoos(target: str | Path, sources: Sequence[str | Path]) -> Merged:
         merged = there[0]
     else:
         shared = {k: v for k, v in first.attributes.items() if all(zoo.attributes.get(k) == v for zoo in zoos)}
-        dtype = str(first.dtype).removeprefix("torch.")
         merged = Zoo.create(
-            target, layout=first.layout, task=first.task, split=first.fractions, dtype=dtype, attributes=shared
+            target, layout=first.layout, task=first.task, split=first.fractions, dtype=first.storage, attributes=shared
         )
     for zoo in zoos:
         for layout_id in zoo.layout_ids:
