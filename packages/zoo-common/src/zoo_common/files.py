@@ -29,17 +29,28 @@ from torch import Tensor
 
 _HEAD = 4096
 """Bytes that are read first; most headers are shorter."""
-_NAMES = dict(
-    zip(
-        "BOOL U8 U16 U32 U64 I8 I16 I32 I64 BF16 F16 F32 F64 C64 F8_E4M3 F8_E5M2".split(),
-        "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 bfloat16 float16 float32 float64 complex64 "
-        "float8_e4m3fn float8_e5m2".split(),
-        strict=True,
-    )
-)
-"""Dtypes by their names in the format."""
+_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+"""Dtypes of the format, as torch calls them."""
 _SIZES = {code: getattr(torch, name).itemsize for code, name in _NAMES.items()}
-_LEFTOVER = re.compile(r"\.[0-9a-f]{32}-.+")
+_LEFTOVER = re.compile(r"\.([0-9a-f]{32}-.+|tmp[A-Za-z0-9]{6})")
+"""Temporary names of :func:`atomic_write`, and of ``save_file``, which has its own."""
 
 
 @contextmanager
@@ -69,8 +80,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno is not None and error.filename in (None, str(temporary)):
-            error.filename = str(path)
+        own = error.filename is None or str(temporary) in (str(error.filename), str(error.filename2))
+        if error.errno is not None and own:
+            error.filename, error.filename2 = str(path), None
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -113,8 +125,8 @@ def visible_files(folder: Path, suffix: str) -> list[Path]:
 
 
 def leftover_files(folder: Path) -> list[Path]:
-    """Temporary files of :func:`atomic_write` in a folder, of writers that are at work or were killed."""
-    return [path for path in folder.glob(".*-*") if _LEFTOVER.fullmatch(path.name)]
+    """Temporary files in a folder, of writers that are at work or were killed."""
+    return [path for path in folder.glob(".*") if _LEFTOVER.fullmatch(path.name)]
 
 
 def sha256(tensor: Tensor) -> str:

@@ -56,10 +56,10 @@ def read_layout(path: Path, layout_id: str) -> ParameterLayout:
     file = path / "layouts" / f"{layout_id}.json"
     if not file.is_file():
         raise FileNotFoundError(f"the zoo in {path} has no layout {layout_id!r} ({file} is missing)")
-    layout = ParameterLayout.from_json(json.dumps(read_json(file)))
-    if layout.id != layout_id or file.read_text() != layout.to_json() + "\n":
-        raise ValueError(f"{file} is damaged: it is not what was written under this id: restore it from another copy")
-    return layout
+    text = file.read_bytes()
+    if hashlib.sha256(text[:-1]).hexdigest()[:16] != layout_id or text[-1:] != b"\n":
+        raise ValueError(f"{file} is damaged (its content does not have this id): restore it from another copy")
+    return ParameterLayout.from_json(text.decode())
 
 
 def write_layout(path: Path, layout: ParameterLayout) -> None:
@@ -67,7 +67,7 @@ def write_layout(path: Path, layout: ParameterLayout) -> None:
     file = path / "layouts" / f"{layout.id}.json"
     if not file.exists():
         with atomic_write(file) as temporary:
-            temporary.write_text(layout.to_json() + "\n")
+            temporary.write_bytes(f"{layout.to_json()}\n".encode())
 
 
 def _digest(document: Mapping[str, object]) -> str:

@@ -63,7 +63,9 @@ def _check_same(first: Zoo, other: Zoo) -> None:
         here, there = getattr(first, what), getattr(other, what)
         if here != there:
             here, there = (here.id, there.id) if what == "layout" else (here, there)
-            raise ValueError(f"cannot merge {other.path} with {first.path}: {what} {there} is not {here}")
+            raise ValueError(
+                f"cannot merge {other.path} with {first.path}: {what} {there} is not {here}; keep them apart"
+            )
 
 
 def _plan(targets: Sequence[Zoo], sources: Sequence[Zoo]) -> dict[str, Shard]:
