@@ -39,6 +39,17 @@ def test_everything_comes_back_after_opening(zoo, make_run):
             assert opened.weights(run_id, checkpoint)["1.num_batches_tracked"] == checkpoint % length
 
 
+def test_a_run_read_whole_can_be_stored_again(zoo, tmp_path):
+    copy = Zoo.create(tmp_path / "copy", layout=zoo.layout)
+    copy.append([zoo.run(run_id) for run_id in ("c", "b")])
+    for run_id in ("c", "b"):
+        assert torch.equal(copy.params[run_id], zoo.params[run_id])
+        assert copy.runs[copy.index(run_id)].config == zoo.runs[zoo.index(run_id)].config
+        assert copy.steps[run_id].tolist() == zoo.steps[run_id].tolist()
+        assert copy.metrics["error"][run_id].tolist() == zoo.metrics["error"][run_id].tolist()
+        assert copy.weights(run_id, -1)["1.num_batches_tracked"] == zoo.weights(run_id, -1)["1.num_batches_tracked"]
+
+
 def test_shards_are_the_documented_safetensors_files(zoo, layout):
     document = json.loads((zoo.path / "zoo.json").read_text())
     assert document["format"] == "weightspace-zoo" and document["layout"] == layout.id and document["version"] == 1

@@ -188,7 +188,7 @@ class TensorFile:
         """Read and check the header."""
         self.path = path if isinstance(path, Path) else Path(path)
         try:
-            header, self._start, self._size = _read_header(self.path)
+            header, self._start, self._size, self._first = _read_header(self.path)
             self._entries: dict[str, str] = header.pop("__metadata__", {})
             self._spans = {name: row["data_offsets"] for name, row in header.items()}
             if (end := self._start + _end_of_payload(header)) != self._size:
@@ -236,11 +236,14 @@ class TensorFile:
         return part.view(getattr(torch, row["dtype"])).view(row["shape"])
 
     def array(self, name: str) -> np.ndarray:
-        """One tensor, read into memory of its own; quicker than mapping a whole file for a few numbers."""
+        """One tensor, read into memory; quicker than mapping a whole file for a few numbers."""
         row, (begin, end) = self.table[name], self._spans[name]
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._start + begin)
-            return np.frombuffer(bytearray(file.read(end - begin)), row["dtype"]).reshape(row["shape"])
+        content = self._first[begin:end]
+        if len(content) < end - begin:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self._start + begin)
+                content = file.read(end - begin)
+        return np.frombuffer(content, row["dtype"]).reshape(row["shape"])
 
     def damaged(self) -> list[str]:
         """Names of the tensors whose bytes are not those that were written (reads the whole file)."""
@@ -263,8 +266,8 @@ class TensorFile:
         return {name: self.tensor(name).to(device, copy=True) for name in self.table}
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The JSON header of a safetensors file, where its payload starts, and the size of the file."""
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int, bytes]:
+    """The JSON header of a safetensors file, where its payload starts, its size, and a little of the payload."""
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(_HEAD)
@@ -273,7 +276,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
             raise ValueError(f"{size} bytes cannot hold the header")
         if start > len(head):
             head += file.read(start - len(head))
-    return json.loads(head[8:start].decode()), start, size
+    return json.loads(head[8:start].decode()), start, size, head[start:]
 
 
 def _end_of_payload(header: Mapping[str, dict[str, Any]]) -> int:

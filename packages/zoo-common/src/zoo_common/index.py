@@ -180,14 +180,15 @@ class Params:
         shards = np.searchsorted(self._index.bounds, rows, side="right") - 1
         order = np.argsort(shards, kind="stable")
         parts = np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(rows) else []
-        if len(parts) == 1:
-            return self._select(shards[0], rows)
-        out = torch.empty(len(rows), self._size)
+        # NumPy takes huge pages for large arrays: without them, providing the memory takes longer than the reading.
+        out = torch.from_numpy(np.empty((len(rows), self._size), np.float32))
         for entries in parts:
-            out.index_copy_(0, torch.from_numpy(entries), self._select(shards[entries[0]], rows[entries]))
+            shard = shards[entries[0]]
+            local = torch.from_numpy(rows[entries] - self._index.bounds[shard])
+            params = self._index.shards[shard].params
+            if len(parts) == 1 and isinstance(params, Tensor) and params.dtype == out.dtype:
+                torch.index_select(params, 0, local, out=out)
+            else:
+                selected = params.index_select(0, local) if isinstance(params, Tensor) else params[local]
+                out.index_copy_(0, torch.from_numpy(entries), selected.float())
         return out
-
-    def _select(self, shard: int, rows: np.ndarray) -> Tensor:
-        """Rows of one shard, copied."""
-        params, local = self._index.shards[shard].params, torch.from_numpy(rows - self._index.bounds[shard])
-        return params.index_select(0, local).float() if isinstance(params, Tensor) else params[local]

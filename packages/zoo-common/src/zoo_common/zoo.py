@@ -219,8 +219,7 @@ class Zoo:
     @cached_property
     def _index(self) -> Index:
         own = [shard for _, shard in sorted(self.shards.items()) if shard.layout_id == self.layout.id]
-        with _uncollected():
-            return Index(own, self.fractions)
+        return Index(own, self.fractions)
 
     @property
     def runs(self) -> tuple[RunInfo, ...]:
@@ -273,6 +272,16 @@ class Zoo:
         shard, first = self._index.locate(row)
         buffers = shard.buffers((spec.name for spec in self.layout.buffers), row - first)
         return self.layout.unflatten(shard.params[row - first].to(self.layout.dtype), buffers)
+
+    def run(self, run: int | str) -> Run:
+        """A whole run, as :meth:`append` takes it, to store it elsewhere or otherwise."""
+        position = self._index.position(run)
+        shard, first = self._index.locate(int(self._index.starts[position]))
+        rows = slice(*(self._index.starts[position : position + 2] - first).tolist())
+        metrics = {name: shard.column(f"metrics/{name}")[rows] for name in shard.metric_names}
+        buffers = shard.buffers((spec.name for spec in self.layout.buffers), rows)
+        info = self.runs[position]
+        return Run(info.id, shard.params[rows], self.steps[position], metrics, info.config, buffers)
 
     def pairs(
         self,
