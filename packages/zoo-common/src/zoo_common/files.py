@@ -243,7 +243,7 @@ class TensorFile:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(self._start + begin)
                 content = file.read(end - begin)
-        return np.frombuffer(content, row["dtype"]).reshape(row["shape"])
+        return np.frombuffer(bytearray(content), row["dtype"]).reshape(row["shape"])
 
     def damaged(self) -> list[str]:
         """Names of the tensors whose bytes are not those that were written (reads the whole file)."""
