@@ -120,7 +120,8 @@ def merge(config: MergeConfig) -> None:
     """Merge zoos and print what was done."""
     from zoo_common.merge import merge_zoos
 
-    _show(asdict(merge_zoos(config.target, [config.source, *config.sources])), config.json)
+    merged = merge_zoos(config.target, [config.source, *config.sources], progress=not config.json)
+    _show(asdict(merged), config.json)
 
 
 def _show(summary: dict[str, Any], as_json: bool) -> None:
