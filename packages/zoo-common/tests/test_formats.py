@@ -453,7 +453,7 @@ def test_returns_make_a_dataset_of_reinforcement_learning(tmp_path):
     assert run_record(tmp_path / "gpt" / "000007", "000007")["metadata"]["optimal_train_ret"] == 1.5
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "delta10"])
 def test_a_zoo_can_be_stored_in_another_dtype(own, tmp_path, dtype):
     quietly(own.path, tmp_path / "half", dtype=dtype)
     half = Zoo.open(tmp_path / "half")

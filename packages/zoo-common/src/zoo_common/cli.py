@@ -16,6 +16,7 @@ Examples:
   zoo inspect my-zoo                 what it holds, from the headers alone
   zoo inspect my-zoo --json          the same for programs
   zoo verify my-zoo                  read every byte; status 1 if anything is wrong
+  zoo verify my-zoo --repair         then move unreadable shards aside and remove what killed writers left
   zoo merge all-runs part-1 part-2   bring zoos together, without copying on one disk
   zoo push my-zoo me/my-zoo          upload to a hub (HF_ENDPOINT), with the token HF_TOKEN
   zoo pull me/my-zoo copy            download what is missing; safe to repeat
@@ -40,6 +41,11 @@ class VerifyConfig:
 
     zoo: Positional[Path]
     """Folder of the zoo."""
+    repair: bool = False
+    """Move shards that keep the zoo from opening to quarantine/ in the zoo, and remove temporary files of killed writers;
+    nothing that can be read is changed."""
+    older_than: float = 3600.0
+    """Seconds since the last write after which a temporary file counts as left by a killed writer."""
     json: bool = False
     """Print one JSON object."""
 
@@ -56,7 +62,7 @@ class ConvertConfig:
     """Format of the source; auto: by what lies in the folder."""
     target_format: Annotated[Literal["zoo", "gpt", "trials"], arg(name="to")] = "zoo"
     """Format of the target."""
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    dtype: Literal["float32", "float16", "bfloat16", "delta10"] | None = None
     """How a zoo stores parameters; default: as the source does."""
     task: str | None = None
     """Task of the runs; gives names and shapes to the tensors of a G.pt dataset other than the three published ones."""
@@ -145,6 +151,8 @@ def inspect(config: InspectConfig) -> None:
     for name, column in zoo.metrics.items():
         finite = column.padded()[np.isfinite(column.padded())]
         metrics[name] = [finite.min().item(), finite.max().item()] if finite.size else None
+    rounding = zoo.rounding()
+    lost = rounding and {"largest": rounding.largest, "relative_rms": rounding.relative_rms}
     summary: dict[str, Any] = {
         "task": zoo.task,
         "creator": zoo.creator,
@@ -158,6 +166,8 @@ def inspect(config: InspectConfig) -> None:
         "splits": {split: len(zoo.split(split)) for split in SPLITS},
         "metrics": metrics,
         "bytes": sum(shard.file.path.stat().st_size for shard in zoo.shards.values()),
+        "storage": zoo.storage,
+        "rounding_error": lost,
         "attributes": zoo.attributes,
     }
     _show(summary, config.json)
@@ -167,8 +177,9 @@ def verify(config: VerifyConfig) -> int:
     """Print the report on a zoo; status 1 if there are problems."""
     from zoo_common.verify import verify_zoo
 
-    report = verify_zoo(config.zoo)
-    _show({**asdict(report), "problems": list(report.problems)}, config.json)
+    report = verify_zoo(config.zoo, repair=config.repair, older_than=config.older_than, progress=not config.json)
+    lists = {"problems": list(report.problems), "quarantined": list(report.quarantined)}
+    _show(asdict(report) | lists, config.json)
     if report.problems:
         raise ValueError(f"{config.zoo}: {len(report.problems)} problem(s), the first: {report.problems[0]}")
     return 0
@@ -178,7 +189,8 @@ def merge(config: MergeConfig) -> None:
     """Merge zoos and print what was done."""
     from zoo_common.merge import merge_zoos
 
-    _show(asdict(merge_zoos(config.target, [config.source, *config.sources])), config.json)
+    merged = merge_zoos(config.target, [config.source, *config.sources], progress=not config.json)
+    _show(asdict(merged), config.json)
 
 
 def push(config: PushConfig) -> None:

@@ -7,6 +7,8 @@ import bisect
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, overload
 
 import numpy as np
@@ -35,8 +37,7 @@ class RunInfo:
 def split_of(run_id: str, fractions: Sequence[float]) -> str:
     """Split of a run: a hash of its id, uniform in [0, 1), against the cumulative fractions."""
     draw = int.from_bytes(hashlib.sha256(run_id.encode()).digest()[:6]) / 2**48
-    position = sum(draw >= bound for bound in np.cumsum(fractions)[:-1])
-    return SPLITS[position]
+    return SPLITS[sum(draw >= bound for bound in accumulate(fractions[:-1]))]
 
 
 class Index:
@@ -50,14 +51,22 @@ class Index:
         """(R,) checkpoints per run."""
         self.starts = np.cumsum([0, *self.lengths])
         """(R + 1,) first row of every run."""
-        entries = [
-            (i, config, shard) for shard in shards for i, config in zip(shard.run_ids, shard.configs, strict=True)
-        ]
-        self.runs = tuple(
-            RunInfo(run_id, split_of(run_id, fractions), config, int(length), shard.name)
-            for (run_id, config, shard), length in zip(entries, self.lengths, strict=True)
+        self.ids = tuple(run_id for shard in shards for run_id in shard.run_ids)
+        self.positions = {run_id: position for position, run_id in enumerate(self.ids)}
+        self._fractions = fractions
+
+    def __len__(self) -> int:
+        """R."""
+        return len(self.ids)
+
+    @cached_property
+    def runs(self) -> tuple[RunInfo, ...]:
+        """What the headers tell about every run."""
+        entries = [(config, shard.name) for shard in self.shards for config in shard.configs]
+        return tuple(
+            RunInfo(run_id, split_of(run_id, self._fractions), config, int(length), shard)
+            for run_id, (config, shard), length in zip(self.ids, entries, self.lengths, strict=True)
         )
-        self.positions = {run.id: position for position, run in enumerate(self.runs)}
 
     def position(self, run: int | str) -> int:
         """Index of a run given by its index (may be negative) or its id."""
@@ -65,19 +74,19 @@ class Index:
             if run not in self.positions:
                 raise KeyError(f"there is no run {run!r} in the zoo")
             return self.positions[run]
-        if not -len(self.runs) <= run < len(self.runs):
-            raise IndexError(f"run {run} is out of range: the zoo has {len(self.runs)} runs")
-        return int(run) % len(self.runs)
+        if not -len(self) <= run < len(self):
+            raise IndexError(f"run {run} is out of range: the zoo has {len(self)} runs")
+        return int(run) % len(self)
 
     def rows(self, runs: Indices, checkpoints: Indices) -> np.ndarray:
         """Rows of (run, checkpoint) pairs, both (B,) or broadcastable; checkpoints may be negative."""
         run, checkpoint = np.broadcast_arrays(np.asarray(runs, np.int64), np.asarray(checkpoints, np.int64))
-        if run.size and not (-len(self.runs) <= run.min() and run.max() < len(self.runs)):
-            raise IndexError(f"runs {run.min()} to {run.max()} are out of range: the zoo has {len(self.runs)} runs")
+        if run.size and not (-len(self) <= run.min() and run.max() < len(self)):
+            raise IndexError(f"runs {run.min()} to {run.max()} are out of range: the zoo has {len(self)} runs")
         lengths = self.lengths[run]
         if (bad := (checkpoint < -lengths) | (checkpoint >= lengths)).any():
             first = bad.argmax()
-            name, count = self.runs[run.flat[first]].id, lengths.flat[first]
+            name, count = self.ids[run.flat[first]], lengths.flat[first]
             raise IndexError(f"checkpoint {checkpoint.flat[first]} is out of range: run {name!r} has {count}")
         return self.starts[:-1][run] + checkpoint % lengths
 
@@ -169,16 +178,17 @@ class Params:
         """Vectors of (run, checkpoint) pairs, (B, D) float32; one indexed copy per shard that is touched."""
         rows = self._index.rows(runs, checkpoints)
         shards = np.searchsorted(self._index.bounds, rows, side="right") - 1
-        touched = np.unique(shards)
-        if len(touched) == 1:
-            return self._select(touched[0], rows)
-        out = torch.empty(len(rows), self._size)
-        for shard in touched:
-            entries = np.flatnonzero(shards == shard)
-            out.index_copy_(0, torch.from_numpy(entries), self._select(shard, rows[entries]))
+        order = np.argsort(shards, kind="stable")
+        parts = np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(rows) else []
+        # NumPy takes huge pages for large arrays: without them, providing the memory takes longer than the reading.
+        out = torch.from_numpy(np.empty((len(rows), self._size), np.float32))
+        for entries in parts:
+            shard = shards[entries[0]]
+            local = torch.from_numpy(rows[entries] - self._index.bounds[shard])
+            params = self._index.shards[shard].params
+            if len(parts) == 1 and isinstance(params, Tensor) and params.dtype == out.dtype:
+                torch.index_select(params, 0, local, out=out)
+            else:
+                selected = params.index_select(0, local) if isinstance(params, Tensor) else params[local]
+                out.index_copy_(0, torch.from_numpy(entries), selected.float())
         return out
-
-    def _select(self, shard: int, rows: np.ndarray) -> Tensor:
-        """Rows of one shard, copied."""
-        local = torch.from_numpy(rows - self._index.bounds[shard])
-        return self._index.shards[shard].params.index_select(0, local).float()

@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from zoo_common.files import atomic_write, read_json, write_json
+from zoo_common.coding import STORAGES
+from zoo_common.files import atomic_write, json_text, read_json, write_json
 from zoo_common.layout import ParameterLayout
 
 FORMAT = "weightspace-zoo"
 VERSION = 1
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""How parameters may be stored."""
+ENTRIES = {"format", "version", "task", "creator", "layout", "split", "dtype", "attributes"}
+"""What ``zoo.json`` holds, beside its sum."""
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -24,25 +23,26 @@ def read_document(path: Path) -> dict[str, Any]:
         FileNotFoundError: There is none.
         ValueError: It is damaged, something else, or of a newer format.
     """
-    if not (path / "zoo.json").is_file():
+    file = path / "zoo.json"
+    if not file.is_file():
         raise FileNotFoundError(f"there is no zoo in {path} (no zoo.json): check the path, or make one there first")
-    document = read_json(path / "zoo.json")
+    document = read_json(file)
     if not isinstance(document, dict) or document.get("format") != FORMAT or "version" not in document:
-        raise ValueError(f"{path / 'zoo.json'} does not describe a zoo")
+        raise ValueError(f"{file} does not describe a zoo")
     if document["version"] != VERSION:
         raise ValueError(
             f"{path} has format version {document['version']}, this zoo-common reads {VERSION}: upgrade it"
         )
-    if document.pop("sha256", None) not in (None, _digest(document)):
+    written = json_text(document)
+    if "sha256" in document and (document.pop("sha256"), file.read_text()) != (_digest(document), written):
         raise ValueError(
-            f"{path / 'zoo.json'} is damaged (wrong SHA-256): restore it from another copy, or, if it was edited on "
-            "purpose, remove its entry 'sha256'"
+            f"{file} is damaged (wrong SHA-256): restore it from another copy, or, if it was edited on purpose, "
+            "remove its entry 'sha256'"
         )
-    missing = {"task", "creator", "layout", "split", "dtype", "attributes"} - document.keys()
-    if missing or document["dtype"] not in DTYPES:
-        raise ValueError(
-            f"{path / 'zoo.json'} is damaged: {', '.join(sorted(missing)) or 'dtype'} is missing or unknown"
-        )
+    if odd := document.keys() ^ ENTRIES:
+        raise ValueError(f"{file} is damaged: missing or unknown: {', '.join(sorted(odd))}")
+    if document["dtype"] not in STORAGES:
+        raise ValueError(f"{file} has dtype {document['dtype']!r}, this zoo-common reads {', '.join(STORAGES)}")
     return document
 
 
@@ -56,10 +56,10 @@ def read_layout(path: Path, layout_id: str) -> ParameterLayout:
     file = path / "layouts" / f"{layout_id}.json"
     if not file.is_file():
         raise FileNotFoundError(f"the zoo in {path} has no layout {layout_id!r} ({file} is missing)")
-    layout = ParameterLayout.from_json(json.dumps(read_json(file)))
-    if layout.id != layout_id:
-        raise ValueError(f"{file} is damaged: its content has the id {layout.id}: restore it from another copy")
-    return layout
+    text = file.read_bytes()
+    if hashlib.sha256(text[:-1]).hexdigest()[:16] != layout_id or text[-1:] != b"\n":
+        raise ValueError(f"{file} is damaged (its content does not have this id): restore it from another copy")
+    return ParameterLayout.from_json(text.decode())
 
 
 def write_layout(path: Path, layout: ParameterLayout) -> None:
@@ -67,7 +67,7 @@ def write_layout(path: Path, layout: ParameterLayout) -> None:
     file = path / "layouts" / f"{layout.id}.json"
     if not file.exists():
         with atomic_write(file) as temporary:
-            temporary.write_text(layout.to_json() + "\n")
+            temporary.write_bytes(f"{layout.to_json()}\n".encode())
 
 
 def _digest(document: Mapping[str, object]) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from zoo_common.files import atomic_write
 from zoo_common.shard import Shard
 from zoo_common.zoo import Zoo
@@ -23,7 +25,7 @@ class Merged:
     """Runs of the target's default layout."""
 
 
-def merge_zoos(target: str | Path, sources: Sequence[str | Path]) -> Merged:
+def merge_zoos(target: str | Path, sources: Sequence[str | Path], *, progress: bool = False) -> Merged:
     """Add all shards of the source zoos to a target, as hard links where the file system can, else as copies.
 
     The target is made like the first source if there is none; attributes on which the sources differ are left out then.
@@ -46,14 +48,13 @@ def merge_zoos(target: str | Path, sources: Sequence[str | Path]) -> Merged:
         merged = there[0]
     else:
         shared = {k: v for k, v in first.attributes.items() if all(zoo.attributes.get(k) == v for zoo in zoos)}
-        dtype = str(first.dtype).removeprefix("torch.")
         merged = Zoo.create(
-            target, layout=first.layout, task=first.task, split=first.fractions, dtype=dtype, attributes=shared
+            target, layout=first.layout, task=first.task, split=first.fractions, dtype=first.storage, attributes=shared
         )
     for zoo in zoos:
         for layout_id in zoo.layout_ids:
             merged.with_layout(zoo.with_layout(layout_id).layout)
-    for name, shard in plan.items():
+    for name, shard in tqdm(plan.items(), desc="merge", unit="file", delay=1, disable=not progress):
         link_or_copy(shard.file.path, merged.path / "shards" / f"{name}.safetensors")
     merged.refresh()
     return Merged(len(plan), sum(len(zoo.shards) for zoo in zoos) - len(plan), len(merged))
@@ -64,7 +65,9 @@ def _check_same(first: Zoo, other: Zoo) -> None:
         here, there = getattr(first, what), getattr(other, what)
         if here != there:
             here, there = (here.id, there.id) if what == "layout" else (here, there)
-            raise ValueError(f"cannot merge {other.path} with {first.path}: {what} {there} is not {here}")
+            raise ValueError(
+                f"cannot merge {other.path} with {first.path}: {what} {there} is not {here}; keep them apart"
+            )
 
 
 def _plan(targets: Sequence[Zoo], sources: Sequence[Zoo]) -> dict[str, Shard]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from zoo_common.coding import STORAGES
 from zoo_common.files import allocate, read_json
 from zoo_common.layout import ParameterLayout
 from zoo_common.shard import Numbers, Run
@@ -49,9 +50,10 @@ class Source(ABC):
         """Layout of the first run that can be read."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        """In which parameters are stored."""
-        return self.layout.dtype
+    def storage(self) -> str:
+        """How a zoo stores these parameters without loss, float64 ones as float32."""
+        name = str(self.layout.dtype).removeprefix("torch.")
+        return name if name in STORAGES else "float32"
 
     @abstractmethod
     def read(self, run_id: str) -> Run:

@@ -5,11 +5,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from zoo_common.formats.source import Source
 from zoo_common.layout import ParameterLayout
-from zoo_common.manifest import DTYPES, read_layout
+from zoo_common.manifest import read_layout
 from zoo_common.shard import Run, Shard
 from zoo_common.zoo import Zoo
 
@@ -38,9 +36,9 @@ class ZooRuns(Source):
         return self._zoo.layout
 
     @property
-    def dtype(self) -> torch.dtype:
-        """In which the zoo stores parameters."""
-        return self._zoo.dtype
+    def storage(self) -> str:
+        """How the zoo stores parameters."""
+        return self._zoo.storage
 
     def read(self, run_id: str) -> Run:
         """Views of one run."""
@@ -64,13 +62,12 @@ class ZooWriter:
     """Collects runs and writes shards of bounded size, each named after its first run."""
 
     def __init__(self, path: Path, source: Source, task: str | None = None, dtype: str | None = None) -> None:
-        name = str(source.dtype).removeprefix("torch.")
         self.zoo = Zoo.create(
             path,
             layout=source.layout,
             task=task or source.task,
             split=source.split,
-            dtype=dtype or (name if name in DTYPES else "float32"),
+            dtype=dtype or source.storage,
             attributes=source.attributes,
             exist_ok=True,
         )
