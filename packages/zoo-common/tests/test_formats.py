@@ -453,7 +453,7 @@ def test_returns_make_a_dataset_of_reinforcement_learning(tmp_path):
     assert run_record(tmp_path / "gpt" / "000007", "000007")["metadata"]["optimal_train_ret"] == 1.5
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "delta10"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_zoo_can_be_stored_in_another_dtype(own, tmp_path, dtype):
     quietly(own.path, tmp_path / "half", dtype=dtype)
     half = Zoo.open(tmp_path / "half")
@@ -464,6 +464,18 @@ def test_a_zoo_can_be_stored_in_another_dtype(own, tmp_path, dtype):
         quietly(half.path, tmp_path / kind, target_format=kind)
         back = open_source(tmp_path / kind).read("run.4").params
         assert torch.equal(back, half.params["run.4"].float())
+
+
+def test_a_zoo_can_be_stored_as_differences_and_gone_on_with(own, tmp_path):
+    quietly(own.path, tmp_path / "small", dtype="delta10", limit_runs=1)
+    assert quietly(own.path, tmp_path / "small", dtype="delta10").present == 1
+    small = Zoo.open(tmp_path / "small")
+    assert small.storage == "delta10" and small.run_ids == own.run_ids
+    for run_id in own.run_ids:
+        torch.testing.assert_close(small.params[run_id], own.params[run_id].float(), rtol=0, atol=0.02)
+    quietly(small.path, tmp_path / "trials", target_format="trials")
+    back = open_source(tmp_path / "trials").read(own.run_ids[0]).params
+    assert torch.equal(back, small.params[own.run_ids[0]])
 
 
 # Going on, and what is refused
