@@ -166,8 +166,8 @@ def test_a_diverging_training_does_not_overwrite_the_last_good_state(tiny_config
     config = tiny_config("train.log_freq=100", "train.checkpoint_freq=4", "train.max_steps=20")
     plain = training_module.Training.loss
 
-    def broken_from_step_6(self, pairs, generator):
-        loss, mse = plain(self, pairs, generator)
+    def broken_from_step_6(self, pairs, t, noise, generator):
+        loss, mse = plain(self, pairs, t, noise, generator)
         return (loss * torch.nan if self.step >= 6 else loss), mse
 
     with monkeypatch.context() as patch:

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,6 +63,8 @@ def train(command: TrainCommand) -> int:
         limit_seconds=command.limit_seconds,
         quiet=command.json,
     )
+    if int(os.environ.get("RANK", "0")) > 0:  # under torchrun, the first process speaks
+        return 130 if report.interrupted else 0
     shown = {**dataclasses.asdict(report), "folder": str(report.folder), "finished": report.finished}
     _show(shown, command.json)
     if not report.finished:

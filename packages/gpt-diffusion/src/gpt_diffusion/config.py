@@ -93,6 +93,10 @@ class OptimConfig:
     """bf16: autocast; the optimizer state stays in float32."""
     compile: bool = False
     """Compile the denoiser with torch.compile."""
+    accumulate: int = 1
+    """Parts in which each process computes its batch; same result, less memory."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: every process has the whole model, or a part of its parameters and of the optimizer's state."""
     checkpoint_freq: int = 1000
     """Steps between two saved training states; the last one is always saved."""
     log_freq: int = 50
@@ -146,6 +150,7 @@ class Config:
             "train.max_steps": 1 if self.train.max_steps is None else self.train.max_steps,
             "train.checkpoint_freq": self.train.checkpoint_freq,
             "train.log_freq": self.train.log_freq,
+            "train.accumulate": self.train.accumulate,
             "train.behaviour_batch": self.train.behaviour_batch,
             "sampling.steps": self.sampling.steps,
             "vis.num_nets_per_gpu": self.vis.num_nets_per_gpu,

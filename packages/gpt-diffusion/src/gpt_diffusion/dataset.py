@@ -90,8 +90,8 @@ class ParameterDataset:
             )
         return self.epoch_size // size
 
-    def batch(self, size: int, k: int) -> Pairs:
-        """Batch number ``k`` of ``size`` pairs, counted from the beginning of the training."""
+    def batch(self, size: int, k: int, rows: slice = slice(None)) -> Pairs:
+        """Batch number ``k`` of ``size`` pairs, counted from the beginning of the training, or some rows of it."""
         epoch, i = divmod(k, self.batches_per_epoch(size))
         runs = self.runs[self._epoch_order(epoch)[i * size : (i + 1) * size] % len(self.runs)]
         rng = np.random.default_rng((self.seed, k))
@@ -99,22 +99,25 @@ class ParameterDataset:
             start, target = self._prompted(runs, rng)
         else:
             _, start, target = self.zoo.pairs(runs, rng, min_spacing=self.spacing[0], max_spacing=self.spacing[1])
-        weights = self._weights(np.concatenate([runs, runs]), np.concatenate([start, target]), k).to(self.device)
+        runs, start, target = runs[rows], start[rows], target[rows]
+        weights = self._weights(np.concatenate([runs, runs]), np.concatenate([start, target]), k, size, rows)
+        weights = weights.to(self.device)
         metrics = [torch.from_numpy(self.metrics[runs, index]).to(self.device) for index in (start, target)]
-        return Pairs(weights[:size], weights[size:], *metrics)
+        return Pairs(weights[: len(runs)], weights[len(runs) :], *metrics)
 
-    def _weights(self, runs: np.ndarray, checkpoints: np.ndarray, k: int) -> Tensor:
+    def _weights(self, runs: np.ndarray, checkpoints: np.ndarray, k: int, size: int, part: slice) -> Tensor:
         """Normalised weights (2 b, D) of b starts and their b targets; both of a pair are permuted alike.
 
-        Worked on in blocks, so that all steps but the last write to the caches.
+        ``part`` says which of the ``size`` pairs of the batch they are. Worked on in blocks, so that all steps but the
+        last write to the caches.
         """
         permutations = []
         if self.augment is not None:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, 1, k))
-            once = self.augment.random_permutations(len(runs) // 2, generator)
-            permutations = [torch.cat([p, p]) for p in once]
-        size = self.zoo.layout.size
-        out, height = torch.empty(len(runs), size), max(1, BLOCK_BYTES // (4 * size))
+            once = self.augment.random_permutations(size, generator)
+            permutations = [torch.cat([p[part], p[part]]) for p in once]
+        width = self.zoo.layout.size
+        out, height = torch.empty(len(runs), width), max(1, BLOCK_BYTES // (4 * width))
         for top in range(0, len(runs), height):
             rows = slice(top, top + height)
             block = self.zoo.params.gather(runs[rows], checkpoints[rows])

@@ -114,9 +114,22 @@ def update_model(
     Returns:
         Global L2 norm of the gradient before clipping, a scalar on the model's device.
     """
-    set_learning_rate(optimizer, lr)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    return apply_gradients(model, optimizer, lr=lr, grad_clip=grad_clip, average=average, decay=decay)
+
+
+def apply_gradients(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    lr: float,
+    grad_clip: float = 0.0,
+    average: nn.Module | None = None,
+    decay: float = 0.9999,
+) -> Tensor:
+    """The second half of :func:`update_model`: what follows when the gradients are there."""
+    set_learning_rate(optimizer, lr)
     norm = clip_gradients(model.parameters(), grad_clip)
     optimizer.step()
     if average is not None:

@@ -28,8 +28,9 @@ from gpt_diffusion.behaviour import BehaviourLoss
 from gpt_diffusion.config import Config, config_to_yaml, load_config
 from gpt_diffusion.dataset import Pairs, ParameterDataset, mix_seed
 from gpt_diffusion.device import choose_device
+from gpt_diffusion.distributed import Processes, gather, joined, scatter, shard, synchronized
 from gpt_diffusion.normalization import get_normalizer
-from gpt_diffusion.optim import averaged_copy, learning_rate, make_optimizer, update_model
+from gpt_diffusion.optim import apply_gradients, averaged_copy, learning_rate, make_optimizer
 from gpt_diffusion.pretrained import ModelInfo, Pretrained, build_model, make_diffusion
 from gpt_diffusion.units import UnitTokens
 
@@ -78,13 +79,18 @@ def train(
         FileNotFoundError: No zoo, or nothing to resume.
         ValueError: Zoo, configuration and saved state do not fit each other, or the loss is not finite.
     """
-    run = _prepare_run(config, data_dir)
-    folder = _open_folder(config, resume)
-    if resume and (folder / "state.safetensors").exists():
-        run.load(folder / "state.safetensors")
-    report = run.loop(folder, limit_seconds, quiet)
-    if report.finished:
-        Pretrained(run.average, config, run.info).save(folder / "model.safetensors")
+    with joined(choose_device(config.device)) as processes:
+        run = _prepare_run(config, data_dir, processes)
+        folder = _open_folder(config, resume) if processes.first else config.folder
+        processes.wait()
+        if resume and (folder / "state.safetensors").exists():
+            run.load(folder / "state.safetensors")
+        report = run.loop(folder, limit_seconds, quiet or not processes.first)
+        if report.finished:
+            average = run.plain_parts()["modules"]["average"]
+            if processes.first:
+                Pretrained(average, config, run.info).save(folder / "model.safetensors")
+        processes.wait()
     return report
 
 
@@ -102,7 +108,7 @@ class Forecast:
 
 def forecast(config: Config, *, data_dir: Path | None = None, timed_steps: int = 5) -> Forecast:
     """Time a few steps without writing anything."""
-    run = _prepare_run(config, data_dir)
+    run = _prepare_run(config, data_dir, Processes(0, 1, choose_device(config.device)))
     run.advance()  # what happens only once
     began = time.monotonic()
     for _ in range(timed_steps):
@@ -114,14 +120,13 @@ def forecast(config: Config, *, data_dir: Path | None = None, timed_steps: int =
     return Forecast(run.steps, parameters, seconds, 5 * 4 * parameters)
 
 
-def _prepare_run(config: Config, data_dir: Path | None) -> "Training":
-    device = choose_device(config.device)
+def _prepare_run(config: Config, data_dir: Path | None, processes: Processes) -> "Training":
     task = get_task(config.dataset.name, data_dir)
-    dataset, info = prepare(config, Zoo.open(config.dataset.path), task, device)
-    behaviour = _behaviour(config, task, device)
+    dataset, info = prepare(config, Zoo.open(config.dataset.path), task, processes.device)
+    behaviour = _behaviour(config, task, processes.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.rng_seed)
-        return Training(config, dataset, info, device, behaviour)
+        return Training(config, dataset, info, processes, behaviour)
 
 
 def prepare(config: Config, zoo: Zoo, task: Task, device: torch.device) -> tuple[ParameterDataset, ModelInfo]:
@@ -135,8 +140,8 @@ def prepare(config: Config, zoo: Zoo, task: Task, device: torch.device) -> tuple
     metric = data.train_metric or task.metric_name
     if metric not in zoo.metrics:
         raise ValueError(f"{data.path}: no metric {metric!r}; the zoo has {', '.join(zoo.metrics)}")
-    for shard in zoo.shards.values():
-        shard.file.check()
+    for part in zoo.shards.values():
+        part.file.check()
     runs = _good_runs(zoo, metric)[: data.max_train_runs]
     stats = zoo.stats(runs=runs)
     coeff = data.openai_coeff or 0.538 / stats.overall_std
@@ -200,22 +205,30 @@ class Training:
         config: Config,
         dataset: ParameterDataset,
         info: ModelInfo,
-        device: torch.device,
+        processes: Processes,
         behaviour: BehaviourLoss | None,
     ) -> None:
-        self.config, self.dataset, self.info, self.device, self.behaviour = config, dataset, info, device, behaviour
-        self.optim = config.train
-        self.model = build_model(config.transformer, info).to(device)
+        self.config, self.dataset, self.info, self.behaviour = config, dataset, info, behaviour
+        self.processes, self.device, self.optim = processes, processes.device, config.train
+        self.rows = processes.rows(self.optim.mb_size)
+        if (self.rows.stop - self.rows.start) % self.optim.accumulate:
+            raise ValueError(
+                f"train.accumulate ({self.optim.accumulate}) must divide the batch of a process "
+                f"({self.rows.stop - self.rows.start}, train.mb_size / processes)"
+            )
+        self.model = build_model(config.transformer, info).to(self.device)
         self.average = averaged_copy(self.model)
-        self.optimizer = make_optimizer(
-            self.model, lr=self.optim.base_lr, weight_decay=self.optim.wd, beta2=self.optim.beta2
-        )
-        self.forward: Callable[..., Tensor] = torch.compile(self.model) if self.optim.compile else self.model
+        self.sharded = processes.world > 1 and self.optim.parallel == "fsdp"
+        self.wrapped = processes.wrap(self.model, self.optim.parallel)
+        if self.sharded:
+            shard(self.average)
+        self.optimizer = self._optimizer(self.model)
+        self.forward: Callable[..., Tensor] = torch.compile(self.wrapped) if self.optim.compile else self.wrapped
         self.diffusion = make_diffusion(config)
         self.per_epoch = dataset.batches_per_epoch(self.optim.mb_size)
         self.steps = self.optim.max_steps or self.optim.num_ep * self.per_epoch
         self.step = 0
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, mse, number since the last log line
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, mse, number since the last log line
         self.last_loss = math.nan
 
     def loop(self, folder: Path, limit_seconds: float | None, quiet: bool) -> TrainReport:
@@ -226,14 +239,15 @@ class Training:
             total=self.steps, initial=self.step, desc="train", unit="step", disable=quiet, file=sys.stderr, leave=False
         )
         with bar, deferred_interrupt() as interrupted:
-            while self.step < self.steps and not interrupted():
+            while self.step < self.steps and not self.processes.any(interrupted()):
                 self.advance()
                 bar.update()
                 if self.step % self.optim.log_freq == 0 or self.step == self.steps:
                     self.write_log(log, bar, time.monotonic() - began)
                 if self.step % self.optim.checkpoint_freq == 0 and self.step < self.steps:
                     self.save(folder / "state.safetensors")
-                if limit_seconds is not None and time.monotonic() - began > limit_seconds:
+                late = limit_seconds is not None and time.monotonic() - began > limit_seconds
+                if limit_seconds is not None and self.processes.any(late):
                     break
             self.save(folder / "state.safetensors")
         seconds, stopped = time.monotonic() - began, interrupted() and self.step < self.steps
@@ -243,7 +257,7 @@ class Training:
         """One optimizer step, a function of the state and of the step number."""
         optim, epoch = self.optim, self.step / self.per_epoch
         generator = torch.Generator(self.device).manual_seed(mix_seed(self.config.rng_seed, 2, self.step))
-        pairs = self.dataset.batch(optim.mb_size, self.step)
+        pairs = self.dataset.batch(optim.mb_size, self.step, self.rows)
         lr = learning_rate(
             epoch,
             base_lr=optim.base_lr,
@@ -255,23 +269,29 @@ class Training:
         decay = min(optim.ema_decay, (1 + self.step) / (10 + self.step)) if optim.ema_warmup else optim.ema_decay
         if not self.config.transformer.ema:
             decay = 0.0
-        loss, mse = self.loss(pairs, generator)
-        update_model(
-            loss,
-            self.model,
-            self.optimizer,
-            lr=lr,
-            grad_clip=optim.grad_clip,
-            average=self.average,
-            decay=decay,
-        )
+        times, shape = (optim.mb_size,), (optim.mb_size, pairs.target.shape[1])
+        t = torch.randint(self.diffusion.num_timesteps, times, generator=generator, device=self.device)[self.rows]
+        noise = torch.randn(shape, generator=generator, device=self.device)[self.rows]
+        self.optimizer.zero_grad(set_to_none=True)
+        drawn = generator.get_state()
+        parts = [tensor.chunk(optim.accumulate) for tensor in (*pairs, t, noise)]
+        for i, part in enumerate(zip(*parts, strict=True)):
+            with synchronized(self.wrapped, i == optim.accumulate - 1):
+                loss, mse = self.loss(Pairs(*part[:4]), part[4], part[5], generator.set_state(drawn))
+                (loss / optim.accumulate).backward()
+            self.sums += torch.stack([loss.detach(), mse, torch.ones_like(mse)]) / optim.accumulate
+        apply_gradients(self.model, self.optimizer, lr=lr, grad_clip=optim.grad_clip, average=self.average, decay=decay)
         self.step += 1
-        self.sums += torch.stack([loss.detach(), mse, torch.ones_like(mse)])
 
-    def loss(self, pairs: Pairs, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Objective and its part in weight space, two scalars."""
-        times = (len(pairs.start),)
-        t = torch.randint(self.diffusion.num_timesteps, times, generator=generator, device=self.device)
+    def loss(self, pairs: Pairs, t: Tensor, noise: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Objective and its part in weight space, two scalars.
+
+        Args:
+            pairs: Samples (b).
+            t: Their diffusion steps (b,).
+            noise: Their noise (b, D).
+            generator: Draws the inputs of the behaviour term.
+        """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.optim.precision == "bf16"):
             terms = self.diffusion.training_losses(
                 self.forward,
@@ -280,7 +300,7 @@ class Training:
                 loss_target=pairs.target_metric,
                 loss_prev=pairs.start_metric,
                 x_prev=pairs.start,
-                generator=generator,
+                noise=noise,
             )
         loss, mse = terms.loss.mean(), terms.loss.detach().mean()
         if self.behaviour is not None:
@@ -292,9 +312,11 @@ class Training:
     def write_log(self, log: Path, bar: tqdm, seconds: float) -> None:
         """Append the means since the last line."""
         self.check()
-        loss, mse, count = self.sums.tolist()
+        loss, mse, count = self.processes.mean(self.sums).tolist()
         self.sums.zero_()
         self.last_loss = loss / count
+        if not self.processes.first:
+            return
         line = {
             "step": self.step,
             "epoch": self.step / self.per_epoch,
@@ -309,7 +331,7 @@ class Training:
 
     def check(self) -> None:
         """Stop a training that has diverged, before it overwrites the last good state."""
-        loss = self.sums[0].item()
+        loss = self.processes.mean(self.sums)[0].item()
         if not math.isfinite(loss):
             raise ValueError(
                 f"the training loss is {loss} at step {self.step}; lower train.base_lr ({self.optim.base_lr}) or use "
@@ -317,19 +339,39 @@ class Training:
             )
 
     def save(self, path: Path) -> None:
-        """Write everything that :meth:`load` needs to go on."""
+        """Write everything that :meth:`load` needs to go on, with any number of processes."""
         self.check()
-        save_training(path, **self._parts(), progress={"step": self.step, "sums": self.sums, "loss": self.last_loss})
+        parts, sums = self.plain_parts(), self.processes.mean(self.sums)
+        if self.processes.first:
+            save_training(path, **parts, progress={"step": self.step, "sums": sums, "loss": self.last_loss})
+        self.processes.wait()
 
     def load(self, path: Path) -> None:
         """Go back to a saved state."""
-        progress = load_training(path, **self._parts())
+        parts = self._replicas() if self.sharded else self.plain_parts()
+        progress = load_training(path, **parts)
+        if self.sharded:
+            scatter(self.model, self.optimizer, parts["modules"]["model"], parts["optimizers"]["adamw"])
+            scatter(self.average, None, parts["modules"]["average"], None)
         self.step, self.last_loss = progress["step"], progress["loss"]
         self.sums.copy_(progress["sums"])
 
-    def _parts(self) -> dict[str, Any]:
-        modules: dict[str, nn.Module] = {"model": self.model, "average": self.average}
-        return {"modules": modules, "optimizers": {"adamw": self.optimizer}}
+    def plain_parts(self) -> dict[str, Any]:
+        """Models and optimizer whole, as they are saved; only the first process has them if they are sharded."""
+        if not self.sharded:
+            return {"modules": {"model": self.model, "average": self.average}, "optimizers": {"adamw": self.optimizer}}
+        parts = self._replicas()
+        gather(self.model, self.optimizer, parts["modules"]["model"], parts["optimizers"]["adamw"])
+        gather(self.average, None, parts["modules"]["average"], None)
+        return parts
+
+    def _replicas(self) -> dict[str, Any]:
+        model, average = (build_model(self.config.transformer, self.info) for _ in range(2))
+        return {"modules": {"model": model, "average": average}, "optimizers": {"adamw": self._optimizer(model)}}
+
+    def _optimizer(self, model: nn.Module) -> torch.optim.AdamW:
+        optim = self.optim
+        return make_optimizer(model, lr=optim.base_lr, weight_decay=optim.wd, beta2=optim.beta2)
 
 
 def _behaviour(config: Config, task: Task, device: torch.device) -> BehaviourLoss | None:
