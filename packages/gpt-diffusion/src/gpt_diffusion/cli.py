@@ -87,6 +87,8 @@ class TrainCommand:
     """Where to compute; default: as configured (auto)."""
     seed: int | None = None
     """Seed of everything; default: as configured (0)."""
+    objective: Literal["diffusion", "flow"] | None = None
+    """What is learned; default: as configured (diffusion, as published)."""
     data_dir: Path | None = None
     """Folder with the data files of the task, for tasks whose data do not come with scikit-learn."""
     limit_seconds: float | None = None

@@ -49,6 +49,7 @@ def train(command: TrainCommand) -> int:
     overrides = list(command.overrides)
     overrides += [f"device={command.device}"] if command.device else []
     overrides += [f"rng_seed={command.seed}"] if command.seed is not None else []
+    overrides += [f"train.objective={command.objective}"] if command.objective else []
     config = load_config(command.config, overrides)
     if command.show:
         print(config_to_yaml(config), end="")

@@ -73,6 +73,10 @@ class OptimConfig:
     """Epochs, unless ``max_steps`` is given."""
     max_steps: int | None = None
     """Optimizer steps in all (ours): fixes the amount of training whatever the number of runs."""
+    objective: Literal["diffusion", "flow"] = "diffusion"
+    """flow: flow matching on straight lines (ours); sampled by Euler steps, whatever ``sampling.sampler``."""
+    prompt_dropout: float = 0.0
+    """Share of pairs that are shown without a prompt, for guidance (ours): the start's own metric stands for none."""
     mb_size: int = 1024
     base_lr: float = 4e-4
     lr_sch: Literal["cos", "fixed"] = "cos"
@@ -112,6 +116,8 @@ class SamplingConfig:
     """Denoising steps, at most 1000."""
     thresholding: Literal["none", "static"] = "none"
     """static: clamp predicted weights to the range of the training weights."""
+    guidance: float = 1.0
+    """Classifier-free guidance on the prompt (ours; Ho & Salimans 2022): 1 is none, more exaggerates the prompt."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,12 @@ class Config:
         for key, value in positive.items():
             if value < 1:
                 raise ValueError(f"{key} must be at least 1, got {value}")
+        if not 0 <= self.train.prompt_dropout < 1:
+            raise ValueError(f"train.prompt_dropout must be at least 0 and below 1, got {self.train.prompt_dropout}")
+        if self.sampling.guidance != 1 and self.train.prompt_dropout == 0:
+            raise ValueError("sampling.guidance needs a model trained with train.prompt_dropout above 0")
+        if self.train.objective == "flow" and not self.transformer.predict_xstart:
+            raise ValueError("train.objective=flow needs transformer.predict_xstart=true")
         if self.sampling.steps > 1000:
             raise ValueError(f"sampling.steps must be at most 1000, got {self.sampling.steps}")
         if self.vis.dvo_steps < 2:

@@ -15,7 +15,7 @@ from zoo_common.hub import fetch_file, push_file
 from zoo_common.layout import ParameterLayout
 
 from gpt_diffusion.config import Config, TransformerConfig, config_from_dict
-from gpt_diffusion.diffusion import Diffusion, ModelMeanType
+from gpt_diffusion.diffusion import Diffusion, Flow, ModelMeanType
 from gpt_diffusion.model import GptModel
 from gpt_diffusion.normalization import Normalizer, get_normalizer
 from gpt_diffusion.sampling import sample
@@ -159,6 +159,7 @@ class Pretrained:
             prompt=prompts,
             start_metric=metrics,
             sampler=sampling.sampler,
+            guidance=sampling.guidance,
             clip=clip,
             generator=torch.Generator(device).manual_seed(seed),
             batch_size=batch_size,
@@ -167,7 +168,7 @@ class Pretrained:
         return self.normalizer.unnormalize(out)
 
     @cached_property
-    def _diffusion(self) -> Diffusion:
+    def _diffusion(self) -> Diffusion | Flow:
         return make_diffusion(self.config, self.config.sampling.steps)
 
     def save(self, path: Path) -> None:
@@ -182,8 +183,10 @@ class Pretrained:
             return push_file(file, repo, FILE, revision=revision, private=private)
 
 
-def make_diffusion(config: Config, kept_steps: int = 1000) -> Diffusion:
-    """The published process (linear schedule, 1000 steps), respaced for sampling if fewer steps are kept."""
+def make_diffusion(config: Config, kept_steps: int = 1000) -> Diffusion | Flow:
+    """The process of a configuration: the published one (linear schedule, 1000 steps; respaced if fewer are kept), or a flow."""
+    if config.train.objective == "flow":
+        return Flow(kept_steps)
     mean_type = ModelMeanType.START_X if config.transformer.predict_xstart else ModelMeanType.EPSILON
     return Diffusion(respacing=[kept_steps] if kept_steps < 1000 else "", mean_type=mean_type)
 

@@ -10,20 +10,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gpt_diffusion.diffusion import Diffusion
+from gpt_diffusion.diffusion import Diffusion, Flow
 from gpt_diffusion.model import Denoiser
 
 
 @torch.no_grad()
 def sample(
     model: Denoiser,
-    diffusion: Diffusion,
+    diffusion: Diffusion | Flow,
     *,
     start: Tensor,
     prompt: Tensor,
     start_metric: Tensor,
     sampler: Literal["ddpm", "ddim"] = "ddpm",
     eta: float = 0.0,
+    guidance: float = 1.0,
     clip: tuple[float, float] | None = None,
     generator: torch.Generator | None = None,
     noise: Iterable[Tensor] | None = None,
@@ -37,12 +38,14 @@ def sample(
 
     Args:
         model: The denoiser; its mode (training or evaluation) is left as it is.
-        diffusion: The process; respaced for fewer steps.
+        diffusion: The process; respaced for fewer steps. A flow is followed by Euler steps; its first draw is the only one.
         start: Starting checkpoints (n, d), normalised.
         prompt: Metric asked for (n,), raw units.
         start_metric: Metric of ``start`` (n,), raw units.
         sampler: Which of the two.
         eta: Noise of DDIM, 0 = deterministic, 1 = as much as DDPM.
+        guidance: Weight w of the prompt: the prediction is that without a prompt plus w times the difference that the
+            prompt makes. 1 = the plain prediction.
         clip: Range that the predicted x_0 is clamped to ("static" thresholding), in normalised space.
         generator: Source of the noise, on the device of ``start``.
         noise: The normal draws (n, d) themselves: the initial state, then one for each step, also those that use none.
@@ -65,11 +68,17 @@ def sample(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     draws = _normal_draws(start, generator) if noise is None else _given_draws(noise, diffusion.num_timesteps + 1)
     denoise = _in_batches(model, prompt, start_metric, start, batch_size or max(n, 1))
+    if guidance != 1:
+        denoise = _guided(
+            denoise, _in_batches(model, start_metric, start_metric, start, batch_size or max(n, 1)), guidance
+        )
     denoised_fn = None if clip is None else lambda x_start: x_start.clamp(*clip)
     x = next(draws)
     for done, step in enumerate(reversed(range(diffusion.num_timesteps)), start=1):
         t = torch.full((n,), step, device=start.device)
-        if sampler == "ddpm":
+        if isinstance(diffusion, Flow):
+            x = diffusion.euler_sample(denoise, x, t, denoised_fn=denoised_fn)
+        elif sampler == "ddpm":
             x = diffusion.p_sample(denoise, x, t, next(draws), clip_denoised=False, denoised_fn=denoised_fn).sample
         else:
             eps = None if eta == 0 and noise is None else next(draws)
@@ -77,6 +86,13 @@ def sample(
         if progress is not None:
             progress(done, diffusion.num_timesteps)
     return x
+
+
+def _guided(
+    prompted: Callable[[Tensor, Tensor], Tensor], free: Callable[[Tensor, Tensor], Tensor], weight: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Classifier-free guidance; without a prompt means: prompted for the metric of the start."""
+    return lambda x, t: torch.lerp(free(x, t), prompted(x, t), weight)
 
 
 def _normal_draws(like: Tensor, generator: torch.Generator | None) -> Iterator[Tensor]:

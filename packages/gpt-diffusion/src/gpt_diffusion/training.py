@@ -272,6 +272,9 @@ class Training:
         times, shape = (optim.mb_size,), (optim.mb_size, pairs.target.shape[1])
         t = torch.randint(self.diffusion.num_timesteps, times, generator=generator, device=self.device)[self.rows]
         noise = torch.randn(shape, generator=generator, device=self.device)[self.rows]
+        if optim.prompt_dropout:
+            free = torch.rand(times, generator=generator, device=self.device)[self.rows] < optim.prompt_dropout
+            pairs = pairs._replace(target_metric=torch.where(free, pairs.start_metric, pairs.target_metric))
         self.optimizer.zero_grad(set_to_none=True)
         drawn = generator.get_state()
         parts = [tensor.chunk(optim.accumulate) for tensor in (*pairs, t, noise)]

@@ -1,5 +1,6 @@
 """Diffusion processes: schedules, respacing, losses, sampling steps and samplers of training steps."""
 
+from gpt_diffusion.diffusion.flow import Flow
 from gpt_diffusion.diffusion.process import (
     Bound,
     Diffusion,
@@ -20,6 +21,7 @@ from gpt_diffusion.diffusion.schedule import Schedule, betas_between, betas_for_
 __all__ = [
     "Bound",
     "Diffusion",
+    "Flow",
     "Gaussian",
     "LossSecondMomentSampler",
     "LossType",
