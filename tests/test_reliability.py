@@ -116,7 +116,7 @@ def test_ctrl_c_is_one_line_and_what_was_done_is_kept(workshop, tmp_path, progra
 @pytest.mark.parametrize(
     ("program", "limit", "name"),
     [
-        (GENERATE, 10_000, "runs-0000000.safetensors"),
+        (GENERATE, 10_000, "runs-s0-0000000-0000000.safetensors"),
         (DENOISE, 60_000, "state.safetensors"),
         (DENOISE, 700, "config"),
         (CONVERT[3], 3000, "digits-s0-0000000"),
