@@ -413,3 +413,16 @@ def test_given_starts_are_trained_as_generated_runs_are(tmp_path):
     assert (other - ends).norm(dim=1).min() > 0.01
     with pytest.raises(ValueError, match=r"starts: expected \(n, 760\), got \(5, 3\)"):
         train_from(task, torch.zeros(5, 3), seed=0)
+
+
+def test_a_process_that_comes_second_takes_over_the_strategy_of_the_first(tmp_path, monkeypatch):
+    """While it measures, another one makes the zoo."""
+    folder, options = tmp_path / "zoo", {"chunk": 2, "progress": False}
+
+    def probe(work, names):
+        generate(toy(), folder, runs=2, strategy="loop", **options)
+        return dict.fromkeys(names, 1.0) | {"vmap": 5.0}
+
+    monkeypatch.setattr(supervised, "probe", probe)
+    report = generate(toy(), folder, runs=2, seed=1, **options)
+    assert (report.runs, report.strategy) == (4, "loop")

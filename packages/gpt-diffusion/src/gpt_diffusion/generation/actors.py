@@ -36,8 +36,12 @@ class Actors:
     device: torch.device
 
     def decided(self) -> "Actors":
-        """All actors of a chunk are always trained together."""
-        return replace(self, options=replace(self.options, strategy="stacked"))
+        """The same: all actors of a chunk are always trained together."""
+        return self
+
+    def with_strategy(self, name: str) -> "Actors":
+        """The same: there is one."""
+        return self
 
     def saves(self, runs: range) -> Tensor:
         """Save points (n, c) of these runs."""
@@ -82,10 +86,7 @@ class Actors:
 
 def prepare(task: Task, request: Request) -> Actors:
     """Check the options."""
-    for name, value, only in (
-        ("share_batches", request.share_batches, 1),
-        ("dtype", request.dtype, "float32"),
-    ):
+    for name, value, only in (("share_batches", request.share_batches, 1), ("dtype", request.dtype, "float32")):
         if value != only:
             raise ValueError(f"{name} must be {only} for {task.name}, got {value}")
     if request.strategy not in ("auto", "stacked"):

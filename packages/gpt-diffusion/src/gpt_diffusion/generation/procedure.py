@@ -87,6 +87,8 @@ def generate(
     work = work.decided()
     if zoo is None:
         zoo = _create_zoo(work, folder, split)
+        work = work.with_strategy(zoo.attributes["generate"]["strategy"])
+        _check_same(work, zoo)
     runner = on_cluster if ray else one_after_the_other
     return fill(zoo, work, runs, runner=runner, limit=limit_seconds, progress=progress)
 
@@ -129,6 +131,9 @@ def _check_same(work: Work, zoo: Zoo) -> None:
 
 
 def _create_zoo(work: Work, folder: Path, split: Sequence[float]) -> Zoo:
+    """Make the zoo, or open the one that another process has made since."""
+    if (folder / "zoo.json").exists():
+        return Zoo.open(folder)
     attributes = {"generate": work.options.recorded()}
     try:
         return Zoo.create(
@@ -137,7 +142,7 @@ def _create_zoo(work: Work, folder: Path, split: Sequence[float]) -> Zoo:
             task=data_name(work.task),
             split=split,
             attributes=attributes,
-            exist_ok=True,  # another process may have made it meanwhile
+            exist_ok=True,
         )
     except OSError as error:
         raise ValueError(f"{folder}: cannot make a zoo here ({error}); choose another folder") from error

@@ -74,10 +74,11 @@ class Supervised:
                 f"strategy must be one of auto, {', '.join(possible)} for this network, got {self.options.strategy!r}"
             )
         rates = probe(self, possible)
-        return self._with(max(rates, key=lambda name: rates[name]))
+        return self.with_strategy(max(rates, key=lambda name: rates[name]))
 
-    def _with(self, strategy: str) -> "Supervised":
-        return replace(self, options=replace(self.options, strategy=strategy))
+    def with_strategy(self, name: str) -> "Supervised":
+        """The same with another strategy."""
+        return replace(self, options=replace(self.options, strategy=name))
 
     def train(self, runs: range, tick: Callable[[int], object]) -> list[Run]:
         """Train and judge one chunk; runs that are not finite are left out."""

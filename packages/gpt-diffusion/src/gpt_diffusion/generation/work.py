@@ -115,6 +115,10 @@ class Work(Protocol):
         """The same with the strategy chosen, which may take a moment to measure."""
         ...
 
+    def with_strategy(self, name: str) -> "Work":
+        """The same with another strategy."""
+        ...
+
     def train(self, runs: range, tick: Callable[[int], object]) -> list[Run]:
         """Train and judge one chunk; runs that are not finite are left out.
 
