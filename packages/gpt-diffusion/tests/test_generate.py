@@ -1,5 +1,6 @@
 import itertools
 import os
+import sys
 
 import pytest
 import torch
@@ -367,6 +368,13 @@ def test_cuda_without_cuda_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device 'cuda': no CUDA device is available here"):
         generate(toy(), tmp_path / "zoo", runs=1, device="cuda")
+
+
+def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"gpt-diffusion\[ray\]"):
+        generate(toy(), tmp_path / "zoo", runs=1, ray=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_data_are_named(tmp_path):

@@ -231,4 +231,6 @@ def _show(result: dict[str, Any], as_json: bool, indent: str = "") -> None:
         elif name.endswith("bytes"):
             print(f"{indent}{name}: {value / 1e6:.1f} MB")
         else:
-            print(f"{indent}{name}: {value:,.4f}" if isinstance(value, float) else f"{indent}{name}: {value}")
+            small = isinstance(value, float) and 0 < abs(value) < 1e-3
+            shown = f"{value:.3g}" if small else f"{value:,.4f}" if isinstance(value, float) else value
+            print(f"{indent}{name}: {shown}")

@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,6 +15,12 @@ from gpt_diffusion.generation.work import Work
 
 #: How often a chunk is trained anew after the death of its worker.
 RETRIES = 5
+
+
+def require_ray() -> None:
+    """Raise ``ImportError`` unless Ray is installed."""
+    if find_spec("ray") is None:
+        raise ImportError('--ray needs Ray: pip install "gpt-diffusion[ray]"')
 
 
 def on_cluster(work: Work, chunks: Iterable[range], tick: Tick) -> Chunks:
@@ -52,10 +59,8 @@ def _connect() -> tuple[Any, bool]:
     # read when Ray is imported: workers shall use this environment as it is, and tell nobody about it
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError('--ray needs Ray: pip install "gpt-diffusion[ray]"') from error
+    import ray
+
     own = not ray.is_initialized()
     if own:
         try:

@@ -12,7 +12,7 @@ from zoo_common.zoo import Zoo
 from gpt_diffusion.cartpole.policy import Actor
 from gpt_diffusion.generation import actors, supervised
 from gpt_diffusion.generation.chunks import Generated, fill, one_after_the_other
-from gpt_diffusion.generation.cluster import on_cluster
+from gpt_diffusion.generation.cluster import on_cluster, require_ray
 from gpt_diffusion.generation.work import Forecast, Request, Work, data_name
 
 
@@ -74,6 +74,8 @@ def generate(
         FileNotFoundError: The data are missing.
         ImportError: ``ray`` is asked for and not installed.
     """
+    if ray:
+        require_ray()
     task = get_task(task, data_dir, download=download) if isinstance(task, str) else task
     request = Request(runs, seed, share_batches, save_points, save_count, steps, strategy, device, dtype, chunk, envs)
     folder = Path(directory)
