@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ GENERATE = (
     "gpt-diffusion generate digits {folder} --runs 24 --chunk 1 --steps 30 --save-count 5 --strategy stacked "
     "--split 0.7 0.15 0.15 --device cpu"
 )
+ACTORS = "gpt-diffusion generate cartpole {folder} --runs 8 --chunk 1 --steps 4 --envs 16 --save-count 3 --device cpu"
 CONVERT = (
     "convert_in_small_shards.py {zoo} {folder} --dtype bfloat16",
     "convert_in_small_shards.py {gpt} {folder}",
@@ -92,7 +94,7 @@ def test_killed_once_and_resumed_equals_uninterrupted(workshop, tmp_path, progra
 
 
 @pytest.mark.reliability
-@pytest.mark.parametrize("program", [RECORD, TRAIN, TRAIN_ADAMW, GENERATE, DENOISE, *CONVERT], ids=name_of)
+@pytest.mark.parametrize("program", [RECORD, TRAIN, TRAIN_ADAMW, GENERATE, ACTORS, DENOISE, *CONVERT], ids=name_of)
 @pytest.mark.parametrize("seed", range(1, 3))
 def test_killed_often_and_resumed_equals_uninterrupted(workshop, tmp_path, program, seed):
     workshop.kill(program, tmp_path, seed=seed, kills=6)
@@ -116,7 +118,7 @@ def test_ctrl_c_is_one_line_and_what_was_done_is_kept(workshop, tmp_path, progra
 @pytest.mark.parametrize(
     ("program", "limit", "name"),
     [
-        (GENERATE, 10_000, "runs-0000000.safetensors"),
+        (GENERATE, 10_000, "runs-s0-0000000-0000000.safetensors"),
         (DENOISE, 60_000, "state.safetensors"),
         (DENOISE, 700, "config"),
         (CONVERT[3], 3000, "digits-s0-0000000"),
@@ -128,6 +130,38 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(workshop, tmp_p
     assert_one_error_line(result, "File too large", name)
     assert not list(tmp_path.rglob(f"*{name}*"))
     workshop.finish(program, tmp_path)
+
+
+@pytest.mark.reliability
+def test_a_killed_worker_of_a_cluster_changes_nothing(workshop, tmp_path):
+    """The zoo is that of one process without Ray, although a worker died while it trained."""
+    by_one = GENERATE.replace("--chunk 1", "--chunk 4")
+    result = run([PROGRAMS / "generate_on_ray.py", tmp_path / "zoo"])
+    assert result.returncode == 0, result.stderr
+    assert_same_files(tmp_path / "zoo", workshop.whole(by_one))
+
+
+@pytest.mark.reliability
+def test_a_generation_on_a_cluster_is_interrupted_and_continued(workshop, tmp_path):
+    command = workshop.command(f"{GENERATE} --ray", tmp_path)
+    stopped = run_signalled(command, signal.SIGINT, watch=tmp_path, changes=8)
+    assert_one_error_line(stopped, "stopped (interrupted); the same command goes on", status=130)
+    assert list((tmp_path / "shards").glob("*.safetensors"))
+    workshop.finish(GENERATE, tmp_path)
+
+
+@pytest.mark.reliability
+def test_several_processes_fill_one_zoo(workshop, tmp_path):
+    """Three seeds at the same time, in a folder that does not exist before."""
+    words = workshop.command(GENERATE, tmp_path / "zoo")
+    with ThreadPoolExecutor() as threads:
+        results = list(threads.map(lambda seed: run([*words, "--seed", str(seed)]), range(3)))
+    assert [result.returncode for result in results] == [0] * 3, [result.stderr for result in results]
+    zoo = Zoo.open(tmp_path / "zoo")
+    assert zoo.verify().problems == ()
+    assert sorted(zoo.run_ids) == [f"digits-s{seed}-{run:07d}" for seed in range(3) for run in range(24)]
+    alone = Zoo.open(workshop.whole(GENERATE))
+    assert all(torch.equal(zoo.params[run_id], alone.params[run_id]) for run_id in alone.run_ids)
 
 
 @pytest.mark.reliability

@@ -18,7 +18,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gpt_diffusion.generation import procedure
+from gpt_diffusion.generation import supervised
+from gpt_diffusion.generation.work import Request
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -99,17 +100,16 @@ def plain_augmentation(x: Tensor) -> Tensor:
 
 def many(task: Task, models: int, steps: int, share: int, device: str) -> tuple[Callable[[], int], str]:
     """Our generation of ``models`` runs (training alone), with the strategy that its probe chooses."""
-    plan = procedure._plan(task, models, 0, share, None, 2, steps, device, "float32", models)
-    rates = procedure._probe(plan, procedure.strategies_for(plan.job.module, plan.job.layout))
-    strategy = max(rates, key=lambda name: rates[name])
+    request = Request(models, share_batches=share, save_count=2, steps=steps, device=device, chunk=models)
+    work = supervised.prepare(task, request).decided()
     runs = range(models)
 
     def train() -> int:
-        for part in procedure._parts(plan, runs):
-            procedure._train(plan, strategy, part, plan.saves(part), lambda _: None)
+        for part in work.stacks(runs):
+            supervised.train_stack(work, part, work.saves(part), lambda _: None)
         return models * steps
 
-    return train, strategy
+    return train, work.options.strategy
 
 
 def stand_in(task: Task, shape: tuple[int, ...], n: int) -> Task:

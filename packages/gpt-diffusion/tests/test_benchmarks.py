@@ -9,6 +9,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SMALL = {
+    "actors.py": ["--actors", "2", "--envs", "4", "--iterations", "1", "--rounds", "1"],
     "generation.py": ["--models", "32", "--steps", "2"],
     "pairs.py": ["--runs", "2", "--checkpoints", "3", "--batch", "4", "--batches", "1"],
     "sampling.py": ["--networks", "1", "--steps", "2", "--repeats", "1"],

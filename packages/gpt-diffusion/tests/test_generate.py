@@ -1,11 +1,13 @@
 import itertools
 import os
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from gpt_diffusion.generation import Forecast, generate, procedure, train_from
+from gpt_diffusion.generation import Forecast, generate, supervised, train_from
 from gpt_diffusion.generation.batches import Batches, derive_seed, flip_crop
+from gpt_diffusion.generation.chunks import missing
 from gpt_diffusion.generation.schedule import random_save_points, save_points
 from gpt_diffusion.generation.trainers import TRAINERS, Job, initial_vectors, strategies_for
 from torch import nn
@@ -200,9 +202,9 @@ def test_digits_are_learnt(tmp_path):
 
 
 def test_the_probe_is_recorded_and_not_repeated(tmp_path, monkeypatch):
-    monkeypatch.setattr(procedure, "_probe", lambda plan, names: dict.fromkeys(names, 1.0) | {"vmap": 5.0})
+    monkeypatch.setattr(supervised, "probe", lambda work, names: dict.fromkeys(names, 1.0) | {"vmap": 5.0})
     assert generate(toy(), tmp_path / "zoo", runs=4, chunk=2, limit_seconds=0, progress=False).strategy == "vmap"
-    monkeypatch.setattr(procedure, "_probe", None)
+    monkeypatch.setattr(supervised, "probe", None)
     report = generate(toy(), tmp_path / "zoo", runs=4, chunk=2, progress=False)
     assert (report.strategy, report.runs) == ("vmap", 4)
 
@@ -223,21 +225,88 @@ def test_the_probe_measures_every_strategy(tmp_path):
 def test_an_interrupted_generation_is_continued_to_the_same_zoo(tmp_path, monkeypatch):
     options = {"runs": 5, "chunk": 2, "strategy": "stacked", "progress": False}
     generate(toy(), tmp_path / "whole", **options)
-    train, calls = procedure._train_chunk, []
+    train, calls = supervised.Supervised.train, []
 
-    def interrupted(plan, strategy, runs, tick):
+    def interrupted(work, runs, tick):
         calls.append(runs)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return train(plan, strategy, runs, tick)
+        return train(work, runs, tick)
 
-    monkeypatch.setattr(procedure, "_train_chunk", interrupted)
+    monkeypatch.setattr(supervised.Supervised, "train", interrupted)
     report = generate(toy(), tmp_path / "cut", **options)
     assert (report.stopped, report.runs, report.remaining) == ("interrupted", 2, 3)
     report = generate(toy(), tmp_path / "cut", **options)
     assert (report.stopped, report.runs, report.remaining) == (None, 5, 0)
     for a, b in zip(contents(tmp_path / "whole"), contents(tmp_path / "cut"), strict=True):
         assert a == b if isinstance(a, list) else torch.equal(a, b)
+
+
+def run_of(folder, run_id):
+    zoo = Zoo.open(folder)
+    return zoo.params[run_id].clone(), [zoo.metrics[name][run_id].tolist() for name in sorted(zoo.metrics)]
+
+
+@pytest.mark.parametrize("strategy", ["loop", "stacked"])
+def test_a_finished_zoo_can_be_extended(tmp_path, strategy):
+    """What is there stays; in float64, what comes is what a larger zoo would have had at once."""
+    options = {"chunk": 4, "share_batches": 2, "strategy": strategy, "progress": False, "dtype": "float64"}
+    generate(toy(), tmp_path / "zoo", runs=7, **options)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "zoo" / "shards").iterdir()}
+    report = generate(toy(), tmp_path / "zoo", runs=11, progress=False, share_batches=2, dtype="float64")
+    assert (report.runs, report.model_steps, report.remaining, report.strategy) == (11, 120, 0, strategy)
+    for name, content in before.items():
+        assert (tmp_path / "zoo" / "shards" / name).read_bytes() == content
+    generate(toy(), tmp_path / "whole", runs=11, **options)
+    ids, params, metrics = contents(tmp_path / "zoo")
+    expected_ids, expected, expected_metrics = contents(tmp_path / "whole")
+    assert ids == expected_ids
+    torch.testing.assert_close(params, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(metrics, expected_metrics, rtol=1e-5, atol=1e-5)
+    assert [run.config for run in Zoo.open(tmp_path / "zoo").runs] == [
+        run.config for run in Zoo.open(tmp_path / "whole").runs
+    ]
+    fewer = generate(toy(), tmp_path / "zoo", runs=2, progress=False, share_batches=2, dtype="float64")
+    assert (fewer.runs, fewer.model_steps, fewer.remaining, fewer.dropped) == (11, 0, 0, 0)
+
+
+def test_seeds_fill_one_zoo_side_by_side(tmp_path):
+    """Chunks of two seeds in turns give the runs that each seed gives alone."""
+    options = {"chunk": 2, "strategy": "stacked", "progress": False}
+    for runs, seed in ((2, 0), (3, 1), (4, 0)):
+        report = generate(toy(), tmp_path / "both", runs=runs, seed=seed, **options)
+    assert (report.runs, report.dropped, report.remaining) == (7, 0, 0)
+    for runs, seed in ((4, 0), (3, 1)):
+        generate(toy(), tmp_path / str(seed), runs=runs, seed=seed, **options)
+        for run_id in Zoo.open(tmp_path / str(seed)).run_ids:
+            ours, alone = run_of(tmp_path / "both", run_id), run_of(tmp_path / str(seed), run_id)
+            assert torch.equal(ours[0], alone[0]) and ours[1] == alone[1]
+
+
+def test_without_end_until_the_time_is_up(tmp_path):
+    options = {"chunk": 2, "strategy": "stacked", "progress": False}
+    generate(toy(), tmp_path / "zoo", runs=3, **options)
+    report = generate(toy(), tmp_path / "zoo", runs=None, limit_seconds=1.5, **options)
+    assert (report.stopped, report.remaining) == ("time limit", 0)
+    assert report.runs > 6 and report.seconds < 10
+    ids = Zoo.open(tmp_path / "zoo").run_ids
+    assert list(ids) == [f"toy-s0-{i:07d}" for i in range(len(ids))]
+
+
+@pytest.mark.parametrize(
+    ("there", "runs", "size", "group", "expected"),
+    [
+        ([], 5, 2, 1, [(0, 2), (2, 4), (4, 5)]),
+        ([(0, 2), (4, 5)], 9, 2, 1, [(2, 4), (5, 6), (6, 8), (8, 9)]),
+        ([(0, 7)], 20, 12, 4, [(7, 8), (8, 12), (12, 20)]),
+        ([(0, 2), (8, 10)], 4, 2, 1, [(2, 4)]),
+        ([(0, 9)], 4, 2, 1, []),
+        ([(1, 3)], None, 4, 1, [(0, 1), (3, 4), (4, 8), (8, 12)]),
+    ],
+)
+def test_chunks_fill_the_gaps(there, runs, size, group, expected):
+    found = missing([range(*part) for part in there], runs, size, group)
+    assert [(part.start, part.stop) for part in itertools.islice(found, 4)] == expected
 
 
 def test_the_time_limit_leaves_whole_chunks(tmp_path):
@@ -301,6 +370,13 @@ def test_cuda_without_cuda_is_named(tmp_path, monkeypatch):
         generate(toy(), tmp_path / "zoo", runs=1, device="cuda")
 
 
+def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"gpt-diffusion\[ray\]"):
+        generate(toy(), tmp_path / "zoo", runs=1, ray=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_data_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="MNIST: no data folder given"):
         generate("mnist", tmp_path / "zoo", runs=1)
@@ -319,7 +395,6 @@ def test_folders_that_cannot_hold_the_zoo_are_named(tmp_path, monkeypatch):
     ("task", "options", "match"),
     [
         (toy(name="other_loss"), {}, "task 'toy' there, 'other' asked for"),
-        (toy(), {"seed": 1}, "seed 0 there, 1 asked for"),
         (toy(), {"steps": 20}, "steps 30 there, 20 asked for"),
         (toy(), {"strategy": "vmap"}, "strategy 'loop' there, 'vmap' asked for"),
         (toy(lambda: Mlp(12, 5, 4)), {}, "layout"),
@@ -346,3 +421,16 @@ def test_given_starts_are_trained_as_generated_runs_are(tmp_path):
     assert (other - ends).norm(dim=1).min() > 0.01
     with pytest.raises(ValueError, match=r"starts: expected \(n, 760\), got \(5, 3\)"):
         train_from(task, torch.zeros(5, 3), seed=0)
+
+
+def test_a_process_that_comes_second_takes_over_the_strategy_of_the_first(tmp_path, monkeypatch):
+    """While it measures, another one makes the zoo."""
+    folder, options = tmp_path / "zoo", {"chunk": 2, "progress": False}
+
+    def probe(work, names):
+        generate(toy(), folder, runs=2, strategy="loop", **options)
+        return dict.fromkeys(names, 1.0) | {"vmap": 5.0}
+
+    monkeypatch.setattr(supervised, "probe", probe)
+    report = generate(toy(), folder, runs=2, seed=1, **options)
+    assert (report.runs, report.strategy) == (4, "loop")

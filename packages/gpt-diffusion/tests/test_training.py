@@ -121,8 +121,8 @@ def test_a_damaged_state_is_named_and_the_restored_one_goes_on(tiny_config, dama
     ("damage", "file"),
     [
         (truncate, "zoo.json"),
-        (truncate, "shards/runs-0000000.safetensors"),
-        (flip_bit, "shards/runs-0000000.safetensors"),
+        (truncate, "shards/runs-s0-0000000-0000039.safetensors"),
+        (flip_bit, "shards/runs-s0-0000000-0000039.safetensors"),
     ],
 )
 def test_a_damaged_zoo_is_named_before_anything_is_written(tiny_config, digits_zoo, tmp_path, damage, file):

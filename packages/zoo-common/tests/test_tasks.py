@@ -8,7 +8,9 @@ from zoo_common.tasks import TrainingRecipe, classification_error, classificatio
 
 
 def test_every_built_in_task_is_complete():
-    for name in task_names():
+    names = [name for name in task_names() if name.endswith(("_loss", "_error"))]
+    assert len(names) >= 8
+    for name in names:
         task = get_task(name)
         assert task.name == name
         assert task.minimize

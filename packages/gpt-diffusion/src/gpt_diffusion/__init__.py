@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what a type checker sees
     from gpt_diffusion.model import GptModel as GptModel
     from gpt_diffusion.normalization import get_normalizer as get_normalizer
     from gpt_diffusion.novelty import nearest_checkpoints as nearest_checkpoints
+    from gpt_diffusion.preparation import prepare as prepare
     from gpt_diffusion.pretrained import Pretrained as Pretrained
     from gpt_diffusion.pretrained import load_pretrained as load_pretrained
     from gpt_diffusion.prompting import prompt_alignment as prompt_alignment
@@ -46,6 +47,7 @@ _MODULE_OF = {
     "load_config": "config",
     "load_pretrained": "pretrained",
     "nearest_checkpoints": "novelty",
+    "prepare": "preparation",
     "prompt_alignment": "prompting",
     "sample": "sampling",
     "space_timesteps": "diffusion",

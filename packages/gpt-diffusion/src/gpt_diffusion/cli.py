@@ -14,6 +14,8 @@ DESCRIPTION = """Train networks by sampling their weights: a diffusion transform
 
 Examples:
   gpt-diffusion generate digits_loss zoo --runs 2240      train thousands of small networks, keep their checkpoints
+  gpt-diffusion generate cartpole actors --forever        actors, until Ctrl-C
+  gpt-diffusion prepare zoo                               find bad runs and the scale of the weights
   gpt-diffusion train digits_loss                         learn from the folder `zoo`; writes results/digits_loss
   gpt-diffusion train digits_loss train.max_steps=3000    any key of the configuration can be overridden
   gpt-diffusion sample results/digits_loss --prompt 0.1 -o better.safetensors
@@ -28,17 +30,19 @@ class GenerateCommand:
     """Train thousands of task networks at once and keep their checkpoints: a zoo.
 
     Every run has its own initialisation and data order. The same command on the same folder goes on where it was
-    stopped or killed.
+    stopped or killed, and adds to a finished zoo if --runs is larger.
     """
 
     task: Positional[str]
-    """What to train: digits, mnist, fashion-mnist or cifar10."""
+    """What to train: digits, mnist, fashion-mnist, cifar10, cartpole (by reinforcement), or a task of your own."""
     directory: Positional[Path]
     """Folder of the zoo."""
     runs: int = 2240
-    """Networks to train."""
+    """Networks of this seed that the zoo shall have; a larger number adds to a finished zoo."""
+    forever: bool = False
+    """Go on until Ctrl-C or --limit-seconds, whatever --runs says."""
     seed: int = 0
-    """Seed of all initialisations and data orders."""
+    """Seed of all initialisations and data orders; several processes can fill one zoo, each with its own."""
     share_batches: int = 1
     """Let groups of this many runs share one data order: faster, recorded with each run."""
     save_points: Literal["geometric", "even", "random"] | None = None
@@ -46,7 +50,9 @@ class GenerateCommand:
     save_count: int | None = None
     """Checkpoints per run; default: the task's."""
     steps: int | None = None
-    """Optimizer steps per run; default: the task's."""
+    """Optimizer steps per run (cartpole: iterations of PPO); default: the task's."""
+    envs: int | None = None
+    """Environments of each actor, for cartpole; default: 512."""
     strategy: Literal["auto", "loop", "vmap", "stacked"] = "auto"
     """How runs are computed together; auto measures each for a moment. Does not change the result beyond rounding."""
     dtype: Literal["float32", "float64"] = "float32"
@@ -54,7 +60,9 @@ class GenerateCommand:
     split: tuple[float, float, float] = (0.9, 0.05, 0.05)
     """Fractions of training, validation and test runs; a hash of its id decides for each run."""
     chunk: int | None = None
-    """Runs per file; default: as many as make 128 MiB."""
+    """Runs per file; default: that of the zoo, or as many as make 128 MiB (cartpole: 4,096 environments)."""
+    ray: bool = False
+    """Spread the files over a Ray cluster (RAY_ADDRESS; default: one on this machine), a thread each."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     data_dir: Path | None = None
@@ -62,9 +70,32 @@ class GenerateCommand:
     download: bool = False
     """Let torchvision fetch missing data into --data-dir."""
     limit_seconds: float | None = None
-    """Stop before a file that would probably be finished later than this."""
+    """Stop after this time; what is not in a finished file is given up."""
     dry_run: bool = False
     """Measure for a moment and print a forecast of time and disk; writes nothing."""
+    json: bool = False
+    """Print one JSON object and no progress bar."""
+
+
+@dataclass(frozen=True)
+class PrepareCommand:
+    """Check a zoo before training: bad runs, the normalisation coefficient, and the prior term of the diffusion.
+
+    Writes prepared.json to the zoo; training leaves out the runs listed there.
+    """
+
+    directory: Positional[Path]
+    """Folder of the zoo."""
+    max_abs: float = 10.0
+    """A run with a larger weight is bad, like one that cannot be read or is not finite."""
+    pairs: int = 25_000
+    """Checkpoints drawn from the good training runs for the statistics; 0: leave these out."""
+    seed: int = 10
+    """Draws them."""
+    delete: bool = False
+    """Move bad runs to the folder `removed` of the zoo, instead of listing them."""
+    dry_run: bool = False
+    """Report only; writes nothing."""
     json: bool = False
     """Print one JSON object and no progress bar."""
 
@@ -183,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     commands: dict[str, tuple[type, Callable[[Any], int | None]]] = {
         "generate": (GenerateCommand, _later("generate")),
+        "prepare": (PrepareCommand, _later("prepare")),
         "train": (TrainCommand, _later("train")),
         "sample": (SampleCommand, _later("sample")),
         "eval": (EvalCommand, _later("evaluate")),

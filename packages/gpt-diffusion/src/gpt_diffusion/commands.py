@@ -22,9 +22,9 @@ from zoo_common.files import write_json
 from zoo_common.tasks import Task, get_task
 from zoo_common.zoo import Zoo
 
-from gpt_diffusion import generation, training
+from gpt_diffusion import generation, preparation, training
 from gpt_diffusion import walk as walking
-from gpt_diffusion.cli import EvalCommand, GenerateCommand, SampleCommand, TrainCommand, WalkCommand
+from gpt_diffusion.cli import EvalCommand, GenerateCommand, PrepareCommand, SampleCommand, TrainCommand, WalkCommand
 from gpt_diffusion.config import Config, config_to_yaml, load_config
 from gpt_diffusion.device import choose_device
 from gpt_diffusion.evaluation import as_sampler, batched_metric
@@ -36,12 +36,27 @@ def generate(command: GenerateCommand) -> int:
     """Generate a zoo; 130 if Ctrl-C stopped it."""
     options = dataclasses.asdict(command)
     as_json = options.pop("json")
+    options["runs"] = None if options.pop("forever") else command.runs
     report = generation.generate(options.pop("task"), progress=not as_json, **options)
     _show(dataclasses.asdict(report), as_json)
     stopped = getattr(report, "stopped", None)
     if stopped:
-        print(f"stopped ({stopped}); the same command goes on from here", file=sys.stderr)
+        smaller = "; nothing was finished: a smaller --chunk is sooner" if not report.model_steps else ""
+        print(f"stopped ({stopped}); the same command goes on from here{smaller}", file=sys.stderr)
     return 130 if stopped == "interrupted" else 0
+
+
+def prepare(command: PrepareCommand) -> None:
+    """Check a zoo and print what was found."""
+    options = dataclasses.asdict(command)
+    as_json = options.pop("json")
+    report = dataclasses.asdict(preparation.prepare(options.pop("directory"), progress=not as_json, **options))
+    shown = report if as_json else {name: value for name, value in report.items() if value not in ({}, None)}
+    _show(shown, as_json)
+    if report["bad_files"] and not report["removed"]:
+        print(
+            "files that cannot be opened keep the zoo from being used: restore them, or use --delete", file=sys.stderr
+        )
 
 
 def train(command: TrainCommand) -> int:
@@ -220,4 +235,6 @@ def _show(result: dict[str, Any], as_json: bool, indent: str = "") -> None:
         elif name.endswith("bytes"):
             print(f"{indent}{name}: {value / 1e6:.1f} MB")
         else:
-            print(f"{indent}{name}: {value:,.4f}" if isinstance(value, float) else f"{indent}{name}: {value}")
+            small = isinstance(value, float) and 0 < abs(value) < 1e-3
+            shown = f"{value:.3g}" if small else f"{value:,.4f}" if isinstance(value, float) else value
+            print(f"{indent}{name}: {shown}")

@@ -14,6 +14,7 @@ from zoo_common.layout import ParameterLayout
 from zoo_common.population import Population
 from zoo_common.tasks import Task, classification_error, classification_loss
 
+from gpt_diffusion.cartpole.task import mean_return, mean_returns_of
 from gpt_diffusion.pretrained import Pretrained
 from gpt_diffusion.prompting import (
     MetricFn,
@@ -106,15 +107,19 @@ def as_sampler(pretrained: Pretrained, seed: int, progress: Callable[[int, int],
 def batched_metric(task: Task, device: torch.device) -> MetricFn:
     """The task's metric for many weight vectors (n, D) at once.
 
-    Image classification is computed in batched products; the test function of any other task is called once per network.
+    Image classifiers and cart-pole actors are judged together; the test function of any other task is called once per
+    network.
     """
-    data = tuple(part.to(device) if isinstance(part, Tensor) else part for part in task.data_fn())
+    data: tuple[Any, ...] = tuple(part.to(device) if isinstance(part, Tensor) else part for part in task.data_fn())
     network = task.constructor()
     if task.test_fn in (classification_loss, classification_error):
         population = Population(network.to(device))
         kind = "loss" if task.test_fn is classification_loss else "error"
         return lambda vectors: getattr(population.metrics(vectors, *data), kind).float()
     layout = ParameterLayout.from_module(network)
+    if task.test_fn is mean_return:
+        envs, seed = data
+        return lambda vectors: mean_returns_of(vectors.float(), layout, envs=envs, seed=seed)
 
     def single(vector: Tensor) -> Any:  # noqa: ANN401 (whatever the task's test function returns)
         layout.load_into(network, vector.cpu())

@@ -31,6 +31,7 @@ from gpt_diffusion.device import choose_device
 from gpt_diffusion.distributed import Processes, gather, joined, scatter, shard, synchronized
 from gpt_diffusion.normalization import get_normalizer
 from gpt_diffusion.optim import apply_gradients, averaged_copy, learning_rate, make_optimizer
+from gpt_diffusion.preparation import excluded
 from gpt_diffusion.pretrained import ModelInfo, Pretrained, build_model, make_diffusion
 from gpt_diffusion.units import UnitTokens
 
@@ -179,9 +180,12 @@ def _good_runs(zoo: Zoo, metric: str) -> np.ndarray:
     runs, filtered = zoo.split("train"), zoo.filter()
     lengths = np.array([run.checkpoints for run in zoo.runs])
     known = np.flatnonzero(np.isfinite(zoo.metrics[metric].padded()).sum(1) == lengths)
-    good = np.intersect1d(np.intersect1d(runs, filtered.kept), known)
+    bad = excluded(zoo.path)
+    listed = np.array([i for i, run in enumerate(zoo.runs) if run.id in bad], dtype=np.int64)
+    good = np.setdiff1d(np.intersect1d(np.intersect1d(runs, filtered.kept), known), listed)
     if len(good) < len(runs):
         reasons = [f"{count} {reason}" for reason, count in filtered.dropped.items() if count]
+        reasons += [f"{len(listed)} listed in prepared.json"] if len(listed) else []
         reasons += [f"{len(zoo) - len(known)} without a finite {metric} at every checkpoint"]
         message = "%s: %d of %d training runs are left out (in the whole zoo: %s)"
         logging.getLogger(__name__).warning(message, zoo.path, len(runs) - len(good), len(runs), ", ".join(reasons))

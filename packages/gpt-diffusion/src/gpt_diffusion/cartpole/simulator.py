@@ -9,6 +9,7 @@ and the pole's angle (rad, 0 is upright) and angular velocity (rad/s).
 """
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +54,11 @@ def move(state: Tensor, action: Tensor) -> Tensor:
     return state
 
 
+def is_lost(state: Tensor) -> Tensor:
+    """Whether the cart is too far off or the pole too low in a state (..., 4)."""
+    return (state[..., 0].abs() > RESET_DISTANCE) | (state[..., 2].abs() > math.pi / 2)
+
+
 def reward_and_reset(state: Tensor, reset: Tensor, progress: Tensor) -> tuple[Tensor, Tensor]:
     """Reward of a state (..., 4), and whether its environment starts afresh at the next step.
 
@@ -61,10 +67,22 @@ def reward_and_reset(state: Tensor, reset: Tensor, progress: Tensor) -> tuple[Te
         reset: (...,) bool, flags that are set already.
         progress: (...,) steps since the start of the episode.
     """
-    place, speed, angle, turning = state.unbind(-1)
-    lost = (place.abs() > RESET_DISTANCE) | (angle.abs() > math.pi / 2)
+    _, speed, angle, turning = state.unbind(-1)
+    lost = is_lost(state)
     reward = torch.where(lost, -2.0, 1 - angle.square() - 0.01 * speed.abs() - 0.005 * turning.abs())
     return reward, reset | lost | (progress >= EPISODE_STEPS - 1)
+
+
+class Simulator(Protocol):
+    """Environments (a, e) that start anew by themselves; what actors can be trained in."""
+
+    def reset(self) -> Tensor:
+        """Start all episodes afresh; observations (a, e, 4)."""
+        ...
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Observations (a, e, 4) after actions (a, e); rewards (a, e); and which episodes have ended (a, e)."""
+        ...
 
 
 class CartPoles:
@@ -74,9 +92,20 @@ class CartPoles:
     :meth:`step` returns for it then is its fresh state.
     """
 
-    def __init__(self, actors: int, envs: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> None:
-        """Environments on the device of the generator, which draws the fresh states."""
-        self._generator = generator
+    def __init__(
+        self,
+        actors: int,
+        envs: int,
+        generator: torch.Generator,
+        dtype: torch.dtype = torch.float32,
+        *,
+        common: bool = False,
+    ) -> None:
+        """Environments on the device of the generator, which draws the fresh states.
+
+        With ``common`` all actors see the same fresh states at the same time.
+        """
+        self._generator, self._drawn = generator, (1 if common else actors, envs, 4)
         device = generator.device
         self.state = torch.zeros(actors, envs, 4, device=device, dtype=dtype)
         self.progress = torch.zeros(actors, envs, device=device, dtype=torch.int64)
@@ -99,7 +128,7 @@ class CartPoles:
         """
         state = move(self.state, actions)
         self.progress += 1
-        draws = torch.rand(self.state.shape, generator=self._generator, device=state.device, dtype=state.dtype)
+        draws = torch.rand(self._drawn, generator=self._generator, device=state.device, dtype=state.dtype)
         self.state = torch.where(self.flags[..., None], (2 * draws - 1) * self._range, state)
         self.progress.masked_fill_(self.flags, 0)
         reward, self.flags = reward_and_reset(self.state, torch.zeros_like(self.flags), self.progress)

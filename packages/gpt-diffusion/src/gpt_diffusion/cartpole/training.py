@@ -10,7 +10,10 @@ from torch import Tensor
 
 from gpt_diffusion.cartpole.policy import Weights, forward, initial_weights, standard_deviation
 from gpt_diffusion.cartpole.ppo import PpoConfig, Rollout, Trainer, advantages, log_probability
-from gpt_diffusion.cartpole.simulator import CartPoles
+from gpt_diffusion.cartpole.simulator import CartPoles, Simulator
+
+MakeSimulator = Callable[[int, int, torch.Generator], Simulator]
+"""(actors, environments, source of randomness and device) to environments."""
 
 WINDOW = 200
 """Episodes over which a return is averaged."""
@@ -61,21 +64,19 @@ def _pushed(fresh: Tensor, fresh_count: Tensor, old: Tensor, old_count: Tensor) 
 class _Episodes:
     """Environments with the returns of their running episodes, and noisy actors in them."""
 
-    def __init__(self, actors: int, envs: int, generator: torch.Generator) -> None:
-        self.poles = CartPoles(actors, envs, generator)
+    def __init__(
+        self, actors: int, envs: int, generator: torch.Generator, simulator: Simulator, *, common: bool = False
+    ) -> None:
+        self.poles = simulator
         self.generator = generator
+        self._noise = (1 if common else actors, envs)
         self.observation = self.poles.reset()
         self.running = torch.zeros(actors, envs, device=generator.device)
-
-    def restart(self) -> None:
-        """All episodes afresh."""
-        self.observation = self.poles.reset()
-        self.running.zero_()
 
     def act(self, weights: Weights, std_mode: str) -> tuple[Tensor, Tensor, Tensor]:
         """Actions (a, e), their mean and their standard deviation (a, 1)."""
         mean, std = forward(weights, "actor", self.observation), standard_deviation(weights, std_mode)
-        noise = torch.randn(mean.shape, generator=self.generator, device=mean.device)
+        noise = torch.randn(self._noise, generator=self.generator, device=mean.device)
         return mean + std * noise, mean, std
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,6 +97,8 @@ def mean_returns(
     episodes: int = WINDOW,
     std_mode: str = "reference",
     protocol: str = "reference",
+    common: bool = False,
+    simulator: MakeSimulator | None = None,
 ) -> Tensor:
     """Mean returns (a,) of noisy actors from fresh starts.
 
@@ -107,9 +110,15 @@ def mean_returns(
             first, so that mixed actors are judged too low.
         std_mode: See :func:`standard_deviation`.
         protocol: ``reference``, or ``one_each``: the first episode of every environment.
+        common: All actors meet the same starts and the same noise, so that the result of one does not depend on which
+            others are judged beside it.
+        simulator: Other environments than :class:`CartPoles`; they have their own randomness.
     """
     actors = len(weights["log_std"])
-    world = _Episodes(actors, envs, generator)
+    poles = (
+        CartPoles(actors, envs, generator, common=common) if simulator is None else simulator(actors, envs, generator)
+    )
+    world = _Episodes(actors, envs, generator, poles, common=common)
     total, count = torch.zeros(2, actors, device=generator.device)
     first = torch.ones(actors, envs, dtype=torch.bool, device=generator.device)
     judging = torch.ones(actors, dtype=torch.bool, device=generator.device)
@@ -130,6 +139,7 @@ def train_actors(
     generator: torch.Generator,
     *,
     train_ret: str = "reference",
+    simulator: MakeSimulator = CartPoles,
     tick: Callable[[int], object] = lambda _: None,
 ) -> tuple[Tensor, Tensor]:
     """Train one actor per seed.
@@ -140,6 +150,7 @@ def train_actors(
         config: Settings of PPO.
         generator: Of everything else; decides on the device.
         train_ret: ``reference`` or ``window``; see :class:`Returns`.
+        simulator: Makes the environments.
         tick: Called with the iterations done since the last call, all actors together.
 
     Returns:
@@ -157,8 +168,9 @@ def train_actors(
         flat = torch.cat([trainer.weights[name].detach().flatten(1) for name in names], 1)
         vectors[rows, columns], kept[rows, columns] = flat.cpu()[rows], value.cpu()[rows]
 
-    keep(0, mean_returns(trainer.weights, generator, envs=config.envs, std_mode=config.std_mode))
-    world = _Episodes(actors, config.envs, generator)
+    start = mean_returns(trainer.weights, generator, envs=config.envs, std_mode=config.std_mode, simulator=simulator)
+    keep(0, start)
+    world = _Episodes(actors, config.envs, generator, simulator(actors, config.envs, generator))
     for iteration in range(1, config.iterations + 1):
         rollout, last = _collect(world, trainer.weights, config, returns)
         trainer.update(rollout, *advantages(rollout, last, config), iteration - 1)

@@ -1,6 +1,9 @@
 """When a run is saved."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 SCHEDULES = ("geometric", "even", "random")
 
@@ -28,3 +31,10 @@ def random_save_points(count: int, steps: int, seed: int) -> list[int]:
     """Published choice for one run: 0, ``count - 2`` distinct steps drawn from 1..steps - 1, and ``steps``."""
     drawn = torch.randperm(steps - 1, generator=torch.Generator().manual_seed(seed))[: count - 2] + 1
     return [0, *sorted(drawn.tolist()), steps]
+
+
+def saves_of(kind: str, count: int, steps: int, seeds: Sequence[int]) -> Tensor:
+    """Save points (n, count) of n runs; ``random`` ones are drawn from the runs' seeds."""
+    if kind == "random":
+        return torch.tensor([random_save_points(count, steps, seed) for seed in seeds])
+    return torch.tensor(save_points(kind, count, steps)).expand(len(seeds), -1)
