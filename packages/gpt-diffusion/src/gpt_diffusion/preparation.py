@@ -208,7 +208,7 @@ def _remove(folder: Path, shards: list[Shard], bad: dict[str, dict[str, str]], b
         for i, run in enumerate(shard.run_ids):
             parts[run not in wrong].append(_run(shard, i, [spec.name for spec in layout.buffers]))
         for place, runs in ((target, parts[0]), (path, parts[1])):
-            write_shard(place, layout, runs, shard.params.dtype)
+            write_shard(place, layout, runs, shard.storage)
 
 
 def _run(shard: Shard, i: int, buffers: list[str]) -> Run:
