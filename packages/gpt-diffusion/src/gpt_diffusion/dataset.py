@@ -68,17 +68,12 @@ class ParameterDataset:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        if len(runs) == 0:
-            raise ValueError("no training runs: the zoo is empty or every run was filtered out")
-        epoch_size = len(runs) if epoch_size is None else epoch_size
-        if epoch_size < len(runs):
-            raise ValueError(f"target_epoch_size ({epoch_size}) must be at least the number of runs ({len(runs)})")
+        self.epoch_size = pairs_per_epoch(len(runs), len(runs) if epoch_size is None else epoch_size)
         self.zoo, self.runs, self.mode, self.seed = zoo, np.asarray(runs), mode, seed
         self.spacing = (min_spacing, max_spacing)
         self.normalizer, self.augment, self.device = normalizer, augment, torch.device(device)
         self.metrics = zoo.metrics[metric].padded()  # (R, C), NaN after a run's end
         self.lengths = np.array([run.checkpoints for run in zoo.runs])
-        self.epoch_size = len(runs) * (epoch_size // len(runs))
         self._order: tuple[int, np.ndarray] | None = None
         self.batch(1, 0)  # a spacing that does not fit shows here, not hours later
 
@@ -141,6 +136,19 @@ class ParameterDataset:
         distance[(np.arange(metrics.shape[1]) <= start[:, None]) | np.isnan(distance)] = np.inf
         anywhere = rng.integers(start + 1, length)
         return start, np.where(rng.random(n) < 0.6, distance.argmin(1), anywhere)
+
+
+def pairs_per_epoch(runs: int, target: int) -> int:
+    """Pairs in an epoch: the target, rounded down to a multiple of the number of runs.
+
+    Raises:
+        ValueError: No runs, or a target below their number.
+    """
+    if runs == 0:
+        raise ValueError("no training runs: the zoo is empty or every run was filtered out")
+    if target < runs:
+        raise ValueError(f"target_epoch_size ({target}) must be at least the number of runs ({runs})")
+    return runs * (target // runs)
 
 
 def mix_seed(*numbers: int) -> int:
