@@ -96,7 +96,7 @@ def test_an_existing_run_is_not_overwritten(tiny_config):
     train(tiny_config(), quiet=True)
     with pytest.raises(FileExistsError, match="already holds a run; use --resume"):
         train(tiny_config(), quiet=True)
-    with pytest.raises(ValueError, match=r"differs .* in train.base_lr"):
+    with pytest.raises(ValueError, match=r"differs .*: train.base_lr \(0.003 there, 0.5 given\)"):
         train(tiny_config("train.base_lr=0.5"), resume=True, quiet=True)
 
 
@@ -163,7 +163,7 @@ def test_a_diverging_training_stops_with_the_remedy(tiny_config):
 
 def test_a_diverging_training_does_not_overwrite_the_last_good_state(tiny_config, monkeypatch):
     """The loss becomes NaN between two log lines, right before a state would be saved."""
-    config = tiny_config("train.log_freq=100", "train.checkpoint_freq=4", "train.max_steps=20")
+    config = tiny_config("train.log_freq=100", "train.checkpoint_steps=4", "train.max_steps=20")
     plain = training_module.Training.loss
 
     def broken_from_step_6(self, pairs, generator):
