@@ -124,7 +124,7 @@ wandb: {name: "${exp_name}", mode: disabled}
     assert (config.train.base_lr, config.test.mb_size) == (4e-4, 7)
     with pytest.raises(ValueError, match=r"refers to \$\{train.size\}, which has no value"):
         load_config(tmp_path / "mine.yaml", ["test.mb_size=${train.size}"])
-    with pytest.raises(ValueError, match="refers to .*, which has no value"):
+    with pytest.raises(ValueError, match=r"refers to .*, which has no value"):
         load_config(tmp_path / "mine.yaml", ["train.mb_size=${test.mb_size}"])  # in a circle
 
 

@@ -299,7 +299,7 @@ def test_names_and_their_aliases(server, tmp_path, monkeypatch):
     assert find_model("cifar_loss.pt", progress=False) == Path("pretrained_models/cifar10_loss.pt")
     with pytest.raises(ValueError, match=r"no released model 'best.pt'; there are mnist_loss.pt"):
         find_model("best.pt")
-    with pytest.raises(ValueError, match="unknown download 'mnst': there are mnist_loss.pt.*cartpole"):
+    with pytest.raises(ValueError, match=r"unknown download 'mnst': there are mnist_loss.pt.*cartpole"):
         get(tmp_path, "mnst")
 
 

@@ -156,7 +156,7 @@ def test_a_folder_that_cannot_be_trained_on_is_named(tmp_path):
         open_runs(DatasetConfig(name="digits_loss"), GOLDEN / "mnist")
     with pytest.raises(ValueError, match=r"dataset.num_test_runs \(3\) must be .* below the number of runs .*\(3\)"):
         split_runs(PublishedZoo(GOLDEN / "mnist"), DatasetConfig(num_test_runs=3), "train")
-    with pytest.raises(ValueError, match="no metric 'test_return'; the zoo has .*avg_test_loss"):
+    with pytest.raises(ValueError, match=r"no metric 'test_return'; the zoo has .*avg_test_loss"):
         find_metric(PublishedZoo(GOLDEN / "mnist"), "test_return")
 
 

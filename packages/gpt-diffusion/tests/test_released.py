@@ -1,5 +1,6 @@
 """Model files in the published format, written here by torch.save as the original writes them."""
 
+import json
 import os
 from functools import partial
 
@@ -162,7 +163,7 @@ def test_other_files_are_refused_without_running_code(tmp_path):
         load()
     assert not (tmp_path / "ran").exists()
     torch.save({"model": {}}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="no model in the published format .* but a dictionary of 'model'"):
+    with pytest.raises(ValueError, match=r"no model in the published format .* but a dictionary of 'model'"):
         load()
     write(tmp_path / "a.pt", config, G_ema=None)
     with pytest.raises(ValueError, match="holds no moving average"):
@@ -203,8 +204,20 @@ def test_training_goes_on_from_a_released_file(tiny_config, tmp_path):
         assert run.optimizer.state[parameter]["step"] == 5
     report = train(config, quiet=True)
     assert (report.step, report.finished) == (3 * run.per_epoch, True)
-    with pytest.raises(ValueError, match="resume_path: trained for 1 epochs already; raise train.num_ep"):
+    with pytest.raises(ValueError, match=r"resume_path: trained for 1 epochs already; raise train.num_ep"):
         train(tiny_config(*settings, "train.num_ep=1", "exp_name=short"), quiet=True)
+
+
+def test_test_only_judges_the_model_of_resume_path(digits_zoo, capsys, tmp_path):
+    settings = ["transformer.tokens=layers", "transformer.n_embd=8", "transformer.n_layer=1", "transformer.n_head=2"]
+    settings += [f"dataset.path={digits_zoo}", "sampling.steps=2", "vis.num_nets_per_gpu=2", "vis.dvo_steps=3"]
+    settings += ["dataset.openai_coeff=4", f"out_dir={tmp_path / 'results'}"]
+    write(tmp_path / "0007.pt", load_config("digits_loss", settings))
+    settings += ["test_only=true", f"resume_path={tmp_path / '0007.pt'}"]
+    assert main(["train", "digits_loss", *settings, "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores.keys() == {"training_set", "test_set"}
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize("command", ["eval", "sample"])

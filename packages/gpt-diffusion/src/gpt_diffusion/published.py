@@ -84,7 +84,8 @@ def find_metric(zoo: Zoo, name: str) -> str:
     for known in (name, _SYNONYMS.get(name)):
         if known in zoo.metrics:
             return str(known)
-    raise ValueError(f"{zoo.path}: no metric {name!r}; the zoo has {', '.join(zoo.metrics) or 'none'}")
+    has = ", ".join(zoo.metrics) or "none"
+    raise ValueError(f"{zoo.path}: no metric {name!r}; the zoo has {has}: set dataset.train_metric to one of them")
 
 
 class PublishedZoo(Zoo):

@@ -30,6 +30,7 @@ from gpt_diffusion.config import Config, DatasetConfig, config_to_yaml, load_con
 from gpt_diffusion.dataset import Pairs, ParameterDataset, mix_seed
 from gpt_diffusion.device import choose_device
 from gpt_diffusion.diffusion.process import Losses
+from gpt_diffusion.loggers import Logger, open_logger
 from gpt_diffusion.normalization import get_normalizer
 from gpt_diffusion.optim import averaged_copy, learning_rate, load_optimizer, make_optimizer, update_model
 from gpt_diffusion.pretrained import ModelInfo, Pretrained, build_model, make_diffusion
@@ -82,6 +83,7 @@ def train(
         FileNotFoundError: No zoo, or nothing to resume.
         ValueError: Zoo, configuration and saved state do not fit each other, or the loss is not finite.
     """
+    logger = open_logger(config)
     run = _prepare_run(config, data_dir)
     begin = None if config.resume_path is None else _beginning(config)
     folder = _open_folder(config, resume)
@@ -90,7 +92,8 @@ def train(
         run.load(folder / "state.safetensors")
     elif begin is not None:
         run.begin_from(begin)
-    report = run.loop(folder, limit_seconds, quiet)
+    with logger(folder) as run.logger:
+        report = run.loop(folder, limit_seconds, quiet)
     if report.finished:
         Pretrained(run.average, config, run.info).save(folder / "model.safetensors")
     return report
@@ -255,7 +258,7 @@ class Training:
         behaviour: BehaviourLoss | None,
         test: ParameterDataset | None = None,
     ) -> None:
-        self.test = test
+        self.test, self.logger = test, Logger()
         self.config, self.dataset, self.info, self.device, self.behaviour = config, dataset, info, device, behaviour
         self.optim = config.train
         self.model = build_model(config.transformer, info).to(device)
@@ -368,6 +371,7 @@ class Training:
         """Write a line of metrics."""
         with log.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        self.logger.log(line)
 
     def write_log(self, log: Path, bar: tqdm, seconds: float) -> None:
         """Append the means since the last line."""
