@@ -207,6 +207,21 @@ def test_too_little_disk_is_told_before_the_transfer(server, tmp_path, monkeypat
     assert files(tmp_path) == []
 
 
+def test_what_a_killed_process_leaves_is_used_or_removed(server, tmp_path):
+    archive = dataset_zip("mnist", "mnist/")
+    server.files["/checkpoint_datasets/mnist.zip"] = archive
+    get(tmp_path, "mnist")
+    (tmp_path / "mnist.zip").write_bytes(archive)  # killed before it was removed
+    (tmp_path / ".mnist.unpacked").mkdir()
+    assert not get(tmp_path, "mnist").fetched
+    assert "mnist.zip" not in files(tmp_path)
+    shutil.rmtree(tmp_path / "mnist")  # killed while it was unpacked
+    (tmp_path / "mnist.zip").write_bytes(archive)
+    server.asked.clear()
+    assert get(tmp_path, "mnist").path.is_dir() and server.asked == []
+    assert files(tmp_path) == ["checksums.json", "mnist"]
+
+
 @pytest.mark.parametrize("prefix", ["mnist/", ""])
 def test_a_data_set_is_unpacked_beside_its_path(server, tmp_path, prefix):
     server.files["/checkpoint_datasets/mnist.zip"] = dataset_zip("mnist", prefix)
@@ -267,6 +282,10 @@ def test_harmful_archives_are_refused(server, tmp_path, content, message):
         get(folder, "mnist")
     assert files(folder) == ["checksums.json", "mnist.zip"]  # no part of it
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    if "repeat" in message:
+        (folder / "mnist.zip").unlink()
+        server.files["/checkpoint_datasets/mnist.zip"] = dataset_zip("mnist", "mnist/")
+        assert get(folder, "mnist").fetched  # the sum of the damaged one does not stand in the way
 
 
 def test_an_archive_that_grows_beyond_the_disk_is_refused(server, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from gpt_diffusion import load_pretrained, train, training
+from gpt_diffusion import load_pretrained, train
 from gpt_diffusion import training as training_module
 from gpt_diffusion.training import forecast
 from support.reliability import flip_bit, truncate
@@ -102,7 +102,7 @@ def test_an_existing_run_is_not_overwritten(tiny_config):
 
 def test_states_are_saved_every_so_many_epochs_and_amp_is_bf16(tiny_config, monkeypatch):
     saved = []
-    monkeypatch.setattr(training.Training, "save", lambda run, path: saved.append(run.step))
+    monkeypatch.setattr(training_module.Training, "save", lambda run, path: saved.append(run.step))
     epochs = [
         "train.checkpoint_steps=null",
         "train.checkpoint_freq=2",
@@ -110,8 +110,8 @@ def test_states_are_saved_every_so_many_epochs_and_amp_is_bf16(tiny_config, monk
         "train.mb_size=12",
     ]
     config = tiny_config(*epochs, "train.max_steps=14", "amp=true")
-    run = training._prepare_run(config, None)
-    assert run.bf16 and not training._prepare_run(tiny_config(), None).bf16
+    run = training_module._prepare_run(config, None)
+    assert run.bf16 and not training_module._prepare_run(tiny_config(), None).bf16
     train(config, quiet=True)
     assert saved == [*range(2 * run.per_epoch, 14, 2 * run.per_epoch), 14]
     assert 1 < len(saved)

@@ -102,7 +102,7 @@ def download(name: str, folder: Path | None = None, **options: Any) -> Downloade
     given = _Options(**options)
     if (model := model_name(name)) is not None:
         place = (folder or MODELS_FOLDER) / model
-        with _alone(place, given):
+        with _alone(place, given.offline):
             return _fetched(f"{MODELS_FOLDER}/{model}", place, given)
     if name in DATASETS:
         return _dataset(name, (folder or DATASETS_FOLDER) / name, given)
@@ -124,14 +124,17 @@ class _Options:
 
 
 def _dataset(name: str, target: Path, options: _Options) -> Downloaded:
-    with _alone(target, options):
-        if target.exists():
-            return Downloaded(name, target, False, None)
+    with _alone(target, options.offline):
         archive = target.with_name(f"{name}.zip")
+        if target.exists():
+            if archive.exists() and _records(archive).get(archive.name, {}).get("size") == archive.stat().st_size:
+                archive.unlink()  # a process was killed between unpacking it and this
+            return Downloaded(name, target, False, None)
         got = _fetched(f"{DATASETS_FOLDER}/{name}.zip", archive, options)
         try:
             _unpack(archive, target, options.progress)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            _record(archive, None)
             raise ValueError(f"{archive} is damaged ({error}): remove it and repeat the download") from error
         archive.unlink()
         return Downloaded(name, target, True, got.sha256)
@@ -145,23 +148,37 @@ def _fetched(path: str, target: Path, options: _Options) -> Downloaded:
     address = options.address(path)
     source = target if there else _transfer(address, target, options)
     found: dict[str, Any] = {"size": source.stat().st_size, "sha256": _sha256(source, options.progress)}
-    book = target.with_name(_CHECKSUMS)
-    records = read_json(book) if book.exists() else {}
-    known = records.get(target.name)
+    known = _records(target).get(target.name)
     if known is not None and {key: known.get(key) for key in found} != found:
         if not there:
             source.unlink()
         raise ValueError(
             f"{address if not there else target} is not the file that was used first ({known.get('size')} bytes, SHA-256 "
             f"{str(known.get('sha256'))[:12]}...; now {found['size']} bytes, {found['sha256'][:12]}...): "
-            f"{'remove it' if there else 'try another server'}, or remove its entry in {book} to accept the new one"
+            f"{'remove it' if there else 'try another server'}, or remove its entry in {_CHECKSUMS} to accept the new one"
         )
     if known is None:
-        write_json(book, records | {target.name: found | {"from": str(target) if there else address}})
+        _record(target, found | {"from": str(target) if there else address})
     if not there:
         os.replace(source, target)
         sync_folder(target.parent)
     return Downloaded(target.name, target, not there, found["sha256"])
+
+
+def _records(file: Path) -> dict[str, Any]:
+    """Name to what is recorded of the files beside this one."""
+    book = file.with_name(_CHECKSUMS)
+    records = read_json(book) if book.exists() else {}
+    if not isinstance(records, dict) or not all(isinstance(entry, dict) for entry in records.values()):
+        raise ValueError(f"{book} is damaged: remove it to record the sums anew")
+    return records
+
+
+def _record(file: Path, found: dict[str, Any] | None) -> None:
+    """Record a file, or forget it."""
+    with _alone(file.with_name(_CHECKSUMS)):
+        records = {name: entry for name, entry in _records(file).items() if name != file.name}
+        write_json(file.with_name(_CHECKSUMS), records | ({file.name: found} if found else {}))
 
 
 def _transfer(address: str, target: Path, options: _Options) -> Path:
@@ -229,7 +246,9 @@ def _receive(address: str, part: Path, note: Path, bar: Any) -> bool:  # noqa: A
             return False
         _check_room(part, (size or 0) - have)
         try:
-            note.write_text(json.dumps({"version": version, "size": size}))
+            if not have:
+                part.unlink(missing_ok=True)  # first, or else a kill would leave it with the note of another version
+                note.write_text(json.dumps({"version": version, "size": size}))
             file = part.open("r+b" if have else "wb")
         except OSError as error:
             raise _Disk(f"cannot write {part}: {error.strerror}") from error
@@ -315,9 +334,9 @@ def _unpack(archive: Path, target: Path, progress: bool) -> None:
 
 
 @contextmanager
-def _alone(target: Path, options: _Options) -> Iterator[None]:
+def _alone(target: Path, offline: bool = False) -> Iterator[None]:
     """Let other processes that want the same file wait (where the system has such locks)."""
-    if options.offline and not target.parent.is_dir():
+    if offline and not target.parent.is_dir():
         raise FileNotFoundError(f"{target} is not there: repeat without --offline, or copy it there")
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_name(f".{target.name}.lock").open("w") as lock:
