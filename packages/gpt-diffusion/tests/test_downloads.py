@@ -6,6 +6,7 @@ import json
 import shutil
 import stat
 import threading
+import time
 import zipfile
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from gpt_diffusion import download, downloads, find_checkpoints, find_model, loa
 from gpt_diffusion.cli import main
 from gpt_diffusion.config import DatasetConfig
 from gpt_diffusion.downloads import SERVER, dataset_name, model_name
+from support.reliability import assert_same_files, run_killed
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoint_datasets"
 MODEL = "/pretrained_models/mnist_loss.pt"
@@ -36,6 +38,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.faults, self.asked = {MODEL: CONTENT}, [], []
         self.ranges, self.version = True, '"1"'
+        self.piece, self.pause = 2**30, 0.0
 
     @property
     def address(self):
@@ -69,7 +72,13 @@ class Handler(BaseHTTPRequestHandler):
         if fault != "no length":
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[: fault if isinstance(fault, int) else None])
+        body = body[: fault if isinstance(fault, int) else None]
+        for i in range(0, len(body), server.piece):
+            try:
+                self.wfile.write(body[i : i + server.piece])
+            except OSError:  # who asked has been killed
+                return None
+            time.sleep(server.pause)
         self.close_connection = True
 
 
@@ -175,9 +184,13 @@ def test_another_file_than_at_first_use_is_refused(server, tmp_path):
 
 
 def test_what_the_server_does_not_have_is_named_at_once(server, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"/pretrained_models/cartpole.pt answers 404 .* --server"):
-        get(tmp_path, "cartpole.pt")
-    assert len(server.asked) == 1
+    for name, path in (
+        ("cartpole.pt", "pretrained_models/cartpole.pt"),
+        ("cartpole", "checkpoint_datasets/cartpole.zip"),
+    ):
+        with pytest.raises(FileNotFoundError, match=rf"/{path} answers 404 .* --server"):
+            get(tmp_path, name)
+    assert len(server.asked) == 2
 
 
 def test_a_server_that_is_down_is_named(server, tmp_path):
@@ -296,6 +309,18 @@ def test_an_archive_that_grows_beyond_the_disk_is_refused(server, tmp_path, monk
     with pytest.raises(OSError, match=r"0.01 GB are needed: make room"):
         get(tmp_path, "mnist")
     assert files(tmp_path) == ["checksums.json", "mnist.zip"]
+
+
+@pytest.mark.reliability
+def test_killed_downloads_end_with_the_same_files(server, tmp_path):
+    archive = dataset_zip("cartpole", "cartpole/")
+    server.files["/checkpoint_datasets/cartpole.zip"] = archive
+    server.piece, server.pause = len(archive) // 20, 0.02
+    command = ["gpt-diffusion", "download", "cartpole", "--dir", str(tmp_path), "--json"]
+    assert run_killed(command, watch=tmp_path, seed=3, kills=6) >= 3
+    assert_same_files(tmp_path / "cartpole", GOLDEN / "cartpole")
+    assert files(tmp_path) == ["cartpole", "checksums.json"]
+    assert any(wanted for wanted in server.asked)  # at least once it went on
 
 
 def test_names_and_their_aliases(server, tmp_path, monkeypatch):

@@ -94,29 +94,29 @@ class ParameterDataset:
             start, target = self._prompted(runs, rng)
         else:
             _, start, target = self.zoo.pairs(runs, rng, min_spacing=self.spacing[0], max_spacing=self.spacing[1])
-        weights = self._weights(np.concatenate([runs, runs]), np.concatenate([start, target]), k).to(self.device)
+        weights = self._weights(runs, start, target, k).to(self.device)
         metrics = [torch.from_numpy(self.metrics[runs, index]).to(self.device) for index in (start, target)]
         return Pairs(weights[:size], weights[size:], *metrics)
 
-    def _weights(self, runs: np.ndarray, checkpoints: np.ndarray, k: int) -> Tensor:
+    def _weights(self, runs: np.ndarray, start: np.ndarray, target: np.ndarray, k: int) -> Tensor:
         """Normalised weights (2 b, D) of b starts and their b targets; both of a pair are permuted alike.
 
-        Worked on in blocks, so that all steps but the last write to the caches.
+        Worked on in blocks, so that all steps but the last write to the caches; both of a pair are in one block, so
+        that the file of a run is opened once.
         """
-        permutations = []
+        permutations: list[Tensor] = []
         if self.augment is not None:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, 1, k))
-            once = self.augment.random_permutations(len(runs) // 2, generator)
-            permutations = [torch.cat([p, p]) for p in once]
+            permutations = self.augment.random_permutations(len(runs), generator)
         size = self.zoo.layout.size
-        out, height = torch.empty(len(runs), size), max(1, BLOCK_BYTES // (4 * size))
+        out, height = torch.empty(2, len(runs), size), max(1, BLOCK_BYTES // (8 * size))
         for top in range(0, len(runs), height):
             rows = slice(top, top + height)
-            block = self.zoo.params.gather(runs[rows], checkpoints[rows])
+            block = self.zoo.params.gather(np.tile(runs[rows], 2), np.concatenate([start[rows], target[rows]]))
             if self.augment is not None:
-                block = self.augment.apply(block, [p[rows] for p in permutations])
-            out[rows] = self.normalizer.normalize(block)
-        return out
+                block = self.augment.apply(block, [torch.cat([p[rows]] * 2) for p in permutations])
+            out[:, rows] = self.normalizer.normalize(block).unflatten(0, (2, -1))
+        return out.flatten(0, 1)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:

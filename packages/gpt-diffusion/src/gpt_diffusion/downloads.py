@@ -100,12 +100,12 @@ def download(name: str, folder: Path | None = None, **options: Any) -> Downloade
         OSError: The server cannot be reached, the transfer keeps breaking, or the disk has too little room.
     """
     given = _Options(**options)
+    if name in DATASETS:
+        return _dataset(name, (folder or DATASETS_FOLDER) / name, given)
     if (model := model_name(name)) is not None:
         place = (folder or MODELS_FOLDER) / model
         with _alone(place, given.offline):
             return _fetched(f"{MODELS_FOLDER}/{model}", place, given)
-    if name in DATASETS:
-        return _dataset(name, (folder or DATASETS_FOLDER) / name, given)
     raise ValueError(f"unknown download {name!r}: there are {', '.join((*MODELS, *DATASETS))}")
 
 
@@ -255,7 +255,7 @@ def _receive(address: str, part: Path, note: Path, bar: Any) -> bool:  # noqa: A
         bar.total, bar.n = size, have
         with file:
             file.seek(have)
-            while piece := response.read(_PIECE):
+            while piece := response.read1(_PIECE):
                 try:
                     file.write(piece)
                 except OSError as error:
