@@ -53,6 +53,17 @@ def quadrants(data_dir):
     )
 
 
+def six_keys(data_dir):
+    return {
+        "task_test_fn": classification_error,
+        "constructor": Deep,
+        "data_fn": lambda: tuple(splits().test),
+        "minimize": True,
+        "best_prompt": 5.0,
+        "recursive_prompt": 5.0,
+    }
+
+
 def broken(data_dir):
     raise RuntimeError("out of order")
 '''
@@ -61,7 +72,7 @@ WHEEL = {
     "outside_tasks-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: outside-tasks\nVersion: 1.0\n",
     "outside_tasks-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     "outside_tasks-1.0.dist-info/entry_points.txt": (
-        "[zoo_common.tasks]\nquadrants = outside_tasks:quadrants\nbroken = outside_tasks:broken\n"
+        "[zoo_common.tasks]\nquadrants = outside_tasks:quadrants\nsix-keys = outside_tasks:six_keys\nbroken = outside_tasks:broken\n"
     ),
 }
 
@@ -107,6 +118,24 @@ def test_a_zoo_of_a_task_from_outside(installed, tmp_path, monkeypatch):
     wrong = 100 * (logits.argmax(-1) != labels).double().mean(1)
     torch.testing.assert_close(wrong.numpy(), errors[:, -1])
     task.constructor().load_state_dict(zoo.weights(0, -1))
+
+
+@pytest.mark.parametrize(("task", "tokens"), [("quadrants", "layers"), ("six-keys", "units")])
+def test_a_diffusion_model_is_trained_on_a_task_from_outside(installed, tmp_path, monkeypatch, task, tokens):
+    monkeypatch.setenv("PYTHONPATH", str(installed))
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["gpt-diffusion", "generate", "quadrants", "zoo", "--runs", "24", "--json"], check=True)
+    settings = [f"dataset.name={task}", "dataset.train_metric=test_error", f"transformer.tokens={tokens}"]
+    settings += ["train.behaviour_weight=0", "train.max_steps=60", "train.mb_size=16", "dataset.target_epoch_size=128"]
+    settings += ["transformer.n_embd=16", "transformer.n_layer=1", "transformer.n_head=2", "train.log_freq=20"]
+    command = ["gpt-diffusion", "train", "digits_loss", *settings, "--json"]
+    made = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert json.loads(made.stdout)["finished"]
+    lines = [json.loads(line) for line in (tmp_path / "results/digits_loss/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]  # hidden units are permuted at random by what was found of them
+    command = ["gpt-diffusion", "sample", "results/digits_loss", "--prompt", "5", "-o", "new.safetensors", "--json"]
+    sampled = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert 0 <= json.loads(sampled.stdout)["reached"] <= 100
 
 
 def test_a_task_from_outside_that_does_not_work_is_one_line(installed, tmp_path, monkeypatch):

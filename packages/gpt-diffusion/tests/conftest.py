@@ -57,7 +57,7 @@ def tiny_config(digits_zoo, tmp_path):
     def build(*overrides):
         small = [f"dataset.path={digits_zoo}", f"out_dir={tmp_path}", "dataset.target_epoch_size=128"]
         small += ["transformer.n_embd=16", "transformer.n_layer=1", "transformer.n_head=2"]
-        small += ["train.max_steps=12", "train.mb_size=8", "train.log_freq=3", "train.checkpoint_freq=4"]
+        small += ["train.max_steps=12", "train.mb_size=8", "train.log_freq=3", "train.checkpoint_steps=4"]
         small += ["sampling.steps=3", "vis.num_nets_per_gpu=2", "vis.dvo_steps=4"]
         return load_config("digits_loss", [*small, *overrides])
 

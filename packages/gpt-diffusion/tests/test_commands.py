@@ -1,6 +1,9 @@
 """The command line: results, one-line errors, nothing left behind."""
 
 import json
+import shutil
+import sys
+from collections import namedtuple
 
 import pytest
 import torch
@@ -44,6 +47,41 @@ def error_of(capsys, *arguments):
     assert (status, out) == (1, "")
     assert len(err.splitlines()) == 1, err
     return err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["train.mb_sise=3"], "unknown configuration key 'train.mb_sise'; did you mean 'train.mb_size'"),
+        (["train.lr_sch=step"], "train.lr_sch: expected one of cos, fixed, got 'step'"),
+        (["train.mb_size=many"], "train.mb_size: expected int, got 'many'"),
+        (["dataset.name=mnist_loss"], "the zoo holds fc1.weight (10, 64), "),
+        (["dataset.name=digit_los"], "unknown task 'digit_los'; did you mean 'digits_loss'"),
+        (["dataset.train_metric=avg_test_err2"], "no metric 'avg_test_err2'; the zoo has "),
+        (["dataset.path=nowhere"], "nowhere"),
+        (["resume_path=other.txt"], "resume_path: other.txt is neither a .pt file nor a released model"),
+        (["logger=wandb"], "pip install 'gpt-diffusion[wandb]'"),
+    ],
+)
+def test_a_training_that_cannot_begin_is_one_line(settings, message, capsys, digits_zoo, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    options = [f"dataset.path={digits_zoo}", f"out_dir={tmp_path / 'results'}", "train.behaviour_weight=0", *settings]
+    assert message in error_of(capsys, "train", "digits_loss", *options)
+    assert not (tmp_path / "results").exists()
+
+
+def test_changes_of_a_resumed_training_and_a_full_disk_are_one_line(trained, capsys, monkeypatch, tmp_path):
+    config = trained / "config.yaml"
+    message = error_of(capsys, "train", config, "train.wd=0.5", "sampling.steps=4", "--resume")
+    assert (
+        "config.yaml differs from the configuration given: train.wd (0.01 there, 0.5 given), sampling.steps (3"
+        in message
+    )
+    usage = namedtuple("usage", "total used free")(10**6, 10**6, 5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    message = error_of(capsys, "train", config, f"out_dir={tmp_path / 'new'}")
+    assert "has 0.00 GB left, the training needs 0.00 GB: make room" in message
+    assert not (tmp_path / "new" / "digits_loss" / "state.safetensors").exists()
 
 
 def test_generate_then_train_then_sample(capsys, tmp_path, monkeypatch):

@@ -8,11 +8,14 @@ import pytest
 import torch
 from gpt_diffusion import load_pretrained, train
 from gpt_diffusion import training as training_module
+from gpt_diffusion.distributed import Processes
 from gpt_diffusion.training import forecast
 from support.reliability import flip_bit, truncate
 from torch import nn
 from zoo_common.layout import ParameterLayout
 from zoo_common.zoo import Run, Zoo
+
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -96,8 +99,25 @@ def test_an_existing_run_is_not_overwritten(tiny_config):
     train(tiny_config(), quiet=True)
     with pytest.raises(FileExistsError, match="already holds a run; use --resume"):
         train(tiny_config(), quiet=True)
-    with pytest.raises(ValueError, match=r"differs .* in train.base_lr"):
+    with pytest.raises(ValueError, match=r"differs .*: train.base_lr \(0.003 there, 0.5 given\)"):
         train(tiny_config("train.base_lr=0.5"), resume=True, quiet=True)
+
+
+def test_states_are_saved_every_so_many_epochs_and_amp_is_bf16(tiny_config, monkeypatch):
+    saved = []
+    monkeypatch.setattr(training_module.Training, "save", lambda run, path: saved.append(run.step))
+    epochs = [
+        "train.checkpoint_steps=null",
+        "train.checkpoint_freq=2",
+        "dataset.target_epoch_size=48",
+        "train.mb_size=12",
+    ]
+    config = tiny_config(*epochs, "train.max_steps=14", "amp=true")
+    run = training_module._prepare_run(config, None, ALONE)
+    assert run.bf16 and not training_module._prepare_run(tiny_config(), None, ALONE).bf16
+    train(config, quiet=True)
+    assert saved == [*range(2 * run.per_epoch, 14, 2 * run.per_epoch), 14]
+    assert 1 < len(saved)
 
 
 def test_nothing_to_resume_is_named(tiny_config):
@@ -163,7 +183,7 @@ def test_a_diverging_training_stops_with_the_remedy(tiny_config):
 
 def test_a_diverging_training_does_not_overwrite_the_last_good_state(tiny_config, monkeypatch):
     """The loss becomes NaN between two log lines, right before a state would be saved."""
-    config = tiny_config("train.log_freq=100", "train.checkpoint_freq=4", "train.max_steps=20")
+    config = tiny_config("train.log_freq=100", "train.checkpoint_steps=4", "train.max_steps=20")
     plain = training_module.Training.loss
 
     def broken_from_step_6(self, pairs, t, noise, generator):

@@ -1,10 +1,19 @@
 import sys
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from zoo_common.symmetry import Symmetry
-from zoo_common.tasks import TrainingRecipe, classification_error, classification_loss, get_task, task_names
+from zoo_common.tasks import (
+    Mlp,
+    TrainingRecipe,
+    classification_error,
+    classification_loss,
+    get_task,
+    register_task,
+    task_names,
+)
 
 
 def test_every_built_in_task_is_complete():
@@ -131,6 +140,45 @@ def test_an_entry_point_that_does_not_work_is_named(install, value, reason):
     install("theirs", value)
     with pytest.raises(ValueError, match=rf"^task 'theirs': the entry point '{value}' of outside-tasks 1.0 {reason}"):
         get_task("theirs", "folder")
+
+
+@pytest.fixture
+def points(monkeypatch):
+    """The six keys of a task, and how often its data were asked for."""
+    monkeypatch.setattr("zoo_common.tasks._registered", {})
+    asked = []
+
+    def data():
+        asked.append(1)
+        return torch.zeros(5, 3), torch.zeros(5, dtype=torch.int64)
+
+    keys = {"task_test_fn": classification_error, "constructor": partial(Mlp, 3, 4, 2), "data_fn": data}
+    return keys | {"minimize": True, "best_prompt": 5.0, "recursive_prompt": 6}, asked
+
+
+def test_six_keys_make_a_task_whose_symmetry_is_found(points):
+    keys, asked = points
+    register_task("my-points", keys)
+    task = get_task("My_Points")
+    assert "my-points" in task_names() and task.name == "my-points"
+    assert [group.size for group in task.symmetry().groups] == [4]
+    assert task.test_fn(*task.data_fn(), task.constructor()) in (0.0, 100.0)
+    assert (task.best_prompt, task.recursive_prompt, task.input_shape, len(asked)) == (5.0, 6, (3,), 1)
+    register_task("my-points", keys | {"aug_fn": print, "metric_name": "error", "data_fn": tuple})
+    assert (get_task("my-points").aug_fn, get_task("my-points").metric_name) == (print, "error")
+
+
+def test_keys_that_do_not_make_a_task_are_named(points):
+    keys, _ = points
+    with pytest.raises(ValueError, match="task 'mnist' is built in"):
+        register_task("mnist", keys)
+    with pytest.raises(ValueError, match=r"task 'x' lacks constructor, best_prompt"):
+        register_task("x", {k: v for k, v in keys.items() if k not in ("constructor", "best_prompt")})
+    with pytest.raises(ValueError, match=r"task 'x': unknown key 'aug_fun'; did you mean 'aug_fn'"):
+        register_task("x", keys | {"aug_fun": print})
+    register_task("x", keys | {"data_fn": tuple})
+    with pytest.raises(ValueError, match=r"task 'x': data_fn returns no tensor .* give aug_fn or input_shape"):
+        get_task("x")
 
 
 def test_recipe_counts_epochs_or_steps():

@@ -14,6 +14,9 @@ if TYPE_CHECKING:  # what a type checker sees
     from gpt_diffusion.diffusion import Diffusion as Diffusion
     from gpt_diffusion.diffusion import create_diffusion as create_diffusion
     from gpt_diffusion.diffusion import space_timesteps as space_timesteps
+    from gpt_diffusion.downloads import download as download
+    from gpt_diffusion.downloads import find_checkpoints as find_checkpoints
+    from gpt_diffusion.downloads import find_model as find_model
     from gpt_diffusion.embedding import ScalarEmbedding as ScalarEmbedding
     from gpt_diffusion.evaluation import evaluate as evaluate
     from gpt_diffusion.generation import generate as generate
@@ -25,6 +28,9 @@ if TYPE_CHECKING:  # what a type checker sees
     from gpt_diffusion.pretrained import Pretrained as Pretrained
     from gpt_diffusion.pretrained import load_pretrained as load_pretrained
     from gpt_diffusion.prompting import prompt_alignment as prompt_alignment
+    from gpt_diffusion.published import PublishedDataset as PublishedDataset
+    from gpt_diffusion.published import PublishedZoo as PublishedZoo
+    from gpt_diffusion.published import open_runs as open_runs
     from gpt_diffusion.sampling import sample as sample
     from gpt_diffusion.training import train as train
     from gpt_diffusion.units import UnitModel as UnitModel
@@ -37,16 +43,22 @@ _MODULE_OF = {
     "GptModel": "model",
     "ParameterDataset": "dataset",
     "Pretrained": "pretrained",
+    "PublishedDataset": "published",
+    "PublishedZoo": "published",
     "ScalarEmbedding": "embedding",
     "UnitModel": "units",
     "UnitTokens": "units",
     "create_diffusion": "diffusion",
+    "download": "downloads",
     "evaluate": "evaluation",
+    "find_checkpoints": "downloads",
+    "find_model": "downloads",
     "generate": "generation",
     "get_normalizer": "normalization",
     "load_config": "config",
     "load_pretrained": "pretrained",
     "nearest_checkpoints": "novelty",
+    "open_runs": "published",
     "prepare": "preparation",
     "prompt_alignment": "prompting",
     "sample": "sampling",

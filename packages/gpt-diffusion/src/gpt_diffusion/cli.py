@@ -22,6 +22,9 @@ Examples:
   gpt-diffusion sample results/digits_loss --start my.safetensors --prompt 0.1 -o better.safetensors
   gpt-diffusion eval results/digits_loss                  do the samples reach what was asked for?
   gpt-diffusion walk results/digits_loss -o walk.gif      film the hidden units along a walk through the noise
+  gpt-diffusion download cifar10_error.pt                 a released model; `download mnist`: a data set
+  gpt-diffusion train mnist_loss_test                     judge the released model, with the published settings
+  gpt-diffusion import checkpoint_datasets/mnist zoo      a data set in the published format becomes a zoo
 """
 
 
@@ -137,7 +140,7 @@ class SampleCommand:
     """Sample networks with a wanted metric, from given weights or from random initialisations."""
 
     model: Positional[Path]
-    """Folder of a training run, a model file, or owner/name@revision on a hub."""
+    """Folder of a training run, a model file, a released model (mnist_loss.pt), or owner/name@revision on a hub."""
     prompt: float
     """Metric wanted, in its own units."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -152,6 +155,10 @@ class SampleCommand:
     """Prompted steps: more than one feeds samples back as starts."""
     seed: int = 0
     """Seed of initialisations and noise."""
+    config: str | None = None
+    """Configuration of a .pt file that is not named after one."""
+    weights: Literal["ema", "raw"] | None = None
+    """Weights of a .pt file; default: as configured (ema)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     data_dir: Path | None = None
@@ -165,7 +172,7 @@ class EvalCommand:
     """Prompt starting networks for a range of metrics; prints prompt alignment and recursive prompting."""
 
     model: Positional[Path]
-    """Folder of a training run, a model file, or owner/name@revision on a hub."""
+    """Folder of a training run, a model file, a released model (mnist_loss.pt), or owner/name@revision on a hub."""
     zoo: Path | None = None
     """Take initialisations of its training runs and of its unseen test runs; default: the zoo of the training."""
     networks: int | None = None
@@ -174,6 +181,10 @@ class EvalCommand:
     """Write all curves to this JSON file."""
     seed: int = 0
     """Seed of the noise."""
+    config: str | None = None
+    """Configuration of a .pt file that is not named after one."""
+    weights: Literal["ema", "raw"] | None = None
+    """Weights of a .pt file; default: as configured (ema)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     data_dir: Path | None = None
@@ -210,6 +221,41 @@ class WalkCommand:
     """Print one JSON object and no progress bar."""
 
 
+@dataclass(frozen=True)
+class DownloadCommand:
+    """Fetch a released model or data set; what is here already is checked instead. Goes on with broken transfers."""
+
+    name: Positional[str]
+    """mnist_loss.pt, mnist_error.pt, cifar10_loss.pt, cifar10_error.pt, cartpole.pt; mnist (68 GB), cifar10 (275 GB),
+    cartpole (82 GB); or all."""
+    dir: Path | None = None
+    """Where to put it; default: pretrained_models or checkpoint_datasets."""
+    server: str | None = None
+    """Address of a mirror; default: the environment variable GPT_DIFFUSION_SERVER, or where they were published."""
+    offline: bool = False
+    """Check what is here and fetch nothing."""
+    json: bool = False
+    """Print one JSON object and no progress bar."""
+
+
+@dataclass(frozen=True)
+class ImportCommand:
+    """Convert a data set in the published format (or any that `zoo convert` reads) to a zoo. Goes on where it stopped."""
+
+    source: Positional[Path]
+    """Folder of the runs."""
+    directory: Positional[Path]
+    """Folder of the zoo."""
+    task: str | None = None
+    """Task of the runs, where the sizes of their tensors do not tell it."""
+    steps_per_epoch: int | None = None
+    """Iterations in an epoch; default: those of the published MNIST and CIFAR-10 runs, where they are such."""
+    verify_done: bool = False
+    """Pass over runs without DONE.txt."""
+    json: bool = False
+    """Print one JSON object and no progress bar."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     commands: dict[str, tuple[type, Callable[[Any], int | None]]] = {
@@ -219,6 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sample": (SampleCommand, _later("sample")),
         "eval": (EvalCommand, _later("evaluate")),
         "walk": (WalkCommand, _later("walk")),
+        "download": (DownloadCommand, _later("download")),
+        "import": (ImportCommand, _later("import_runs")),
     }
     return run_command("gpt-diffusion", DESCRIPTION, commands, argv)
 

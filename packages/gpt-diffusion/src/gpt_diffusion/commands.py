@@ -7,9 +7,9 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,17 +19,28 @@ from torch import Tensor
 from tqdm import tqdm
 from zoo_common.checkpoint import save_checkpoint
 from zoo_common.files import write_json
+from zoo_common.formats import detect, open_source
+from zoo_common.formats.convert import convert
 from zoo_common.tasks import Task, get_task
-from zoo_common.zoo import Zoo
 
-from gpt_diffusion import generation, preparation, training
+from gpt_diffusion import downloads, generation, preparation, training
 from gpt_diffusion import walk as walking
-from gpt_diffusion.cli import EvalCommand, GenerateCommand, PrepareCommand, SampleCommand, TrainCommand, WalkCommand
+from gpt_diffusion.cli import (
+    DownloadCommand,
+    EvalCommand,
+    GenerateCommand,
+    ImportCommand,
+    PrepareCommand,
+    SampleCommand,
+    TrainCommand,
+    WalkCommand,
+)
 from gpt_diffusion.config import Config, config_to_yaml, load_config
 from gpt_diffusion.device import choose_device
 from gpt_diffusion.evaluation import as_sampler, batched_metric
 from gpt_diffusion.evaluation import evaluate as prompt_and_judge
 from gpt_diffusion.pretrained import Pretrained, load_pretrained
+from gpt_diffusion.published import open_runs, split_runs
 
 
 def generate(command: GenerateCommand) -> int:
@@ -69,6 +80,10 @@ def train(command: TrainCommand) -> int:
     if command.show:
         print(config_to_yaml(config), end="")
         return 0
+    if config.test_only:
+        judged = EvalCommand(Path(str(config.resume_path)), device=config.device, data_dir=command.data_dir)
+        evaluate(dataclasses.replace(judged, seed=config.rng_seed, json=command.json), config)
+        return 0
     if command.dry_run:
         _show(dataclasses.asdict(training.forecast(config, data_dir=command.data_dir)), command.json)
         return 0
@@ -99,7 +114,7 @@ def sample(command: SampleCommand) -> None:
             raise ValueError(f"{option} must be a finite number, got {value}")
     if not command.out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {command.out}: the folder {command.out.absolute().parent} does not exist")
-    pretrained, task = _open(command.model, command.device, command.data_dir)
+    pretrained, task = _open(command.model, command.device, command.data_dir, command.config, command.weights)
     starts = _starts(command.start, command.num, command.seed, pretrained, task)
     measure = batched_metric(task, pretrained.device)
     given = command.start_metric
@@ -125,18 +140,18 @@ def sample(command: SampleCommand) -> None:
     _show(result, command.json)
 
 
-def evaluate(command: EvalCommand) -> None:
-    """Judge a model by prompting training and unseen initialisations."""
-    pretrained, task = _open(command.model, command.device, command.data_dir)
+def evaluate(command: EvalCommand, config: Config | None = None) -> None:
+    """Judge a model by prompting training and unseen initialisations; ``config`` is for a ``.pt`` file."""
+    pretrained, task = _open(command.model, command.device, command.data_dir, config or command.config, command.weights)
     count = command.networks or pretrained.config.vis.num_nets_per_gpu
     if count < 1:
         raise ValueError(f"--networks must be at least 1, got {count}")
-    zoo = Zoo.open(command.zoo or pretrained.config.dataset.path)
+    zoo = open_runs(pretrained.config.dataset, command.zoo)
     if zoo.layout.shapes != pretrained.info.layout.shapes:
         raise ValueError(f"{zoo.path}: the zoo holds networks of another layout than the model {command.model}")
     scores: dict[str, Any] = {}
     for group, split in (("training_set", "train"), ("test_set", "test")):
-        runs = zoo.split(split)[:count]
+        runs = split_runs(zoo, pretrained.config.dataset, split)[:count]
         if not len(runs):
             raise ValueError(f"{zoo.path}: the zoo has no run in its {split} split")
         starts = zoo.params.gather(runs, np.zeros_like(runs))
@@ -185,8 +200,36 @@ def walk(command: WalkCommand) -> None:
     _show({"out": str(command.out), "strip": str(strip), "networks": len(networks), "prompt": prompt}, command.json)
 
 
-def _open(path: Path, device: str, data_dir: Path | None) -> tuple[Pretrained, Task]:
-    pretrained = load_pretrained(path, choose_device(device))
+def download(command: DownloadCommand) -> None:
+    """Fetch released files and print where they are."""
+    names = (*downloads.MODELS, *downloads.DATASETS) if command.name == "all" else (command.name,)
+    options = {"server": command.server, "offline": command.offline, "progress": not command.json}
+    found = [downloads.download(name, command.dir, **options) for name in names]
+    shown = [{**dataclasses.asdict(entry), "path": str(entry.path)} for entry in found]
+    _show(shown[0] if len(shown) == 1 else {entry["name"]: entry for entry in shown}, command.json)
+
+
+def import_runs(command: ImportCommand) -> None:
+    """Convert runs to a zoo and print what was done."""
+    epochs = {"mnist": 468, "cifar10": 390}
+    options: dict[str, Any] = {"task": command.task, "verify_done": command.verify_done, "progress": not command.json}
+    steps = command.steps_per_epoch
+    if steps is None and detect(command.source) == "gpt":
+        with closing(open_source(command.source, "gpt", task=command.task)) as source:
+            steps = epochs.get(str(source.task).split("_")[0])
+    _show(
+        dataclasses.asdict(convert(command.source, command.directory, steps_per_epoch=steps, **options)), command.json
+    )
+
+
+def _open(
+    path: Path,
+    device: str,
+    data_dir: Path | None,
+    config: str | Config | None = None,
+    weights: Literal["ema", "raw"] | None = None,
+) -> tuple[Pretrained, Task]:
+    pretrained = load_pretrained(path, choose_device(device), config=config, weights=weights)
     return pretrained, get_task(pretrained.config.dataset.name, data_dir)
 
 

@@ -5,11 +5,12 @@ Keys that the published configurations do not have are ours; their meaning stand
 
 import dataclasses
 import difflib
+import re
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -21,9 +22,18 @@ class DatasetConfig:
     name: str = "digits_loss"
     """Task: what the network is and what its metric means."""
     path: str = "zoo"
-    """Folder of the zoo."""
+    """Folder of a zoo, or of runs in the published format."""
+    download: bool = True
+    """Fetch a published data set whose folder is missing (``mnist``, ``cifar10`` and ``cartpole``, also ``mnist_...``)."""
+    verify_done: bool = False
+    """Published format: pass over folders without ``DONE.txt``."""
     train_metric: str | None = None
-    """Metric of the zoo that prompts mean; the task's own by default."""
+    """Metric that prompts mean, by its own or its published name; the task's by default."""
+    split: Literal["auto", "zoo", "published"] = "auto"
+    """Which runs are for testing (ours). ``published``: the last ``num_test_runs``; ``zoo``: those that the zoo chose;
+    ``auto``: the zoo's, and ``published`` for runs in the published format."""
+    num_test_runs: int = 500
+    """Test runs, for ``split: published``."""
     target_epoch_size: int = 100_800
     """Pairs in an epoch, rounded down to a multiple of the number of runs."""
     max_train_runs: int = 1_000_000
@@ -41,6 +51,8 @@ class DatasetConfig:
     """Coefficient; 0.538 / (standard deviation of the training weights) by default."""
     augment: bool = True
     """Permute the hidden units of every pair at random (has no effect on unit tokens and is left out there)."""
+    num_workers: int = 1
+    """Has no effect: batches are gathered in the training process."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +113,10 @@ class OptimConfig:
     """Parts in which each process computes its batch; same result, less memory."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: every process has the whole model, or a part of its parameters and of the optimizer's state."""
-    checkpoint_freq: int = 1000
-    """Steps between two saved training states; the last one is always saved."""
+    checkpoint_freq: int = 250
+    """Epochs between two saved training states; the last one is always saved."""
+    checkpoint_steps: int | None = None
+    """The same in steps (ours), instead of ``checkpoint_freq``."""
     log_freq: int = 50
     """Steps between two lines of metrics.jsonl; the loss is read from the device only then."""
 
@@ -124,8 +138,16 @@ class SamplingConfig:
 class VisConfig:
     """Evaluation by prompting."""
 
+    freq: int = 20
+    """Has no effect: nothing is prompted during the training; use ``gpt-diffusion eval``."""
+    use_ema: bool = True
+    """Prompt the moving average of a released model, or else its raw weights."""
     num_nets_per_gpu: int = 8
     """Starting networks per group (training runs, unseen runs)."""
+    net_mb_size_per_gpu: int = 8
+    """Has no effect: the size of batches does not change the result."""
+    recursive_probe: bool = True
+    """Has no effect: ``eval`` always prompts recursively too."""
     dvo_steps: int = 20
     """Prompts per network on the desired-versus-observed curve."""
     prompt_start_coeff: float = 1.0
@@ -135,18 +157,58 @@ class VisConfig:
 
 
 @dataclass(frozen=True)
+class TestConfig:
+    """The diffusion loss on the test runs, measured while training."""
+
+    __test__ = False  # for pytest
+
+    freq: int = 0
+    """Epochs between two measurements, which go to ``metrics.jsonl``; 0: none."""
+    mb_size: int = 1024
+    """Pairs in a batch."""
+    use_ema: bool = False
+    """Measure the moving average."""
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases, only with ``logger: wandb`` (extra ``wandb``)."""
+
+    name: str | None = None
+    """``exp_name`` by default."""
+    group: str = "default"
+    project: str = "Gpt"
+    entity: str | None = None
+    mode: Literal["online", "offline", "disabled"] = "offline"
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that defines one experiment."""
 
     exp_name: str = "digits_loss"
     out_dir: str = "results"
+    resume_path: str | None = None
+    """Model to begin with: a released one by its name, or a ``.pt`` file."""
+    test_only: bool = False
+    """Judge the model of ``resume_path`` instead of training."""
     rng_seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    amp: bool = False
+    """Mixed precision: the same as ``train.precision: bf16`` (published: float16)."""
+    num_gpus: int = 1
+    """Only 1: a training uses one device."""
+    debug_mode: bool = False
+    """Has no effect."""
+    logger: Literal["jsonl", "wandb"] = "jsonl"
+    """Where metrics go beside ``metrics.jsonl`` (ours)."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     train: OptimConfig = field(default_factory=OptimConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     vis: VisConfig = field(default_factory=VisConfig)
+    test: TestConfig = field(default_factory=TestConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
         """Reject settings that would only fail later."""
@@ -155,8 +217,10 @@ class Config:
             "train.num_ep": self.train.num_ep,
             "train.max_steps": 1 if self.train.max_steps is None else self.train.max_steps,
             "train.checkpoint_freq": self.train.checkpoint_freq,
+            "train.checkpoint_steps": 1 if self.train.checkpoint_steps is None else self.train.checkpoint_steps,
             "train.log_freq": self.train.log_freq,
             "train.accumulate": self.train.accumulate,
+            "test.mb_size": self.test.mb_size,
             "train.behaviour_batch": self.train.behaviour_batch,
             "sampling.steps": self.sampling.steps,
             "vis.num_nets_per_gpu": self.vis.num_nets_per_gpu,
@@ -176,6 +240,10 @@ class Config:
             raise ValueError(f"sampling.steps must be at most 1000, got {self.sampling.steps}")
         if self.vis.dvo_steps < 2:
             raise ValueError(f"vis.dvo_steps must be at least 2, got {self.vis.dvo_steps}")
+        if self.num_gpus != 1:
+            raise ValueError(f"num_gpus must be 1, got {self.num_gpus}: a training uses one device")
+        if self.test_only and not self.resume_path:
+            raise ValueError("test_only needs resume_path, the model to judge")
         if not self.exp_name or Path(self.exp_name).name != self.exp_name:
             raise ValueError(f"exp_name must be a plain folder name, got {self.exp_name!r}")
 
@@ -200,32 +268,121 @@ _DIGITS_LOSS: dict[str, Any] = {
         "ema_decay": 0.995,
         "ema_warmup": True,
         "behaviour_weight": 0.3,
-        "checkpoint_freq": 500,
+        "checkpoint_steps": 500,
     },
     "sampling": {"sampler": "ddim", "steps": 20},
     "vis": {"num_nets_per_gpu": 32},
 }
 
-#: Built-in configurations by name.
-PRESETS: dict[str, dict[str, Any]] = {"digits_loss": _DIGITS_LOSS}
+_NAMES = ("mnist_loss", "mnist_error", "cifar10_loss", "cifar10_error", "cartpole")
+
+
+class _Row(NamedTuple):
+    """Values of one key in the published configurations."""
+
+    mnist_loss: Any
+    mnist_error: Any
+    cifar10_loss: Any
+    cifar10_error: Any
+    cartpole: Any
+
+
+def _per_data(mnist: Any, cifar10: Any, cartpole: Any) -> _Row:  # noqa: ANN401 (values of a table)
+    return _Row(mnist, mnist, cifar10, cifar10, cartpole)
+
+
+_LOSS, _ERROR = "avg_test_loss", "avg_test_err"
+_ROWS = {
+    "exp_name": _Row(*_NAMES),
+    "dataset.name": _Row(*_NAMES),
+    "dataset.path": _per_data(*(f"checkpoint_datasets/{name}" for name in ("mnist", "cifar10", "cartpole"))),
+    "dataset.train_metric": _Row(_LOSS, _ERROR, _LOSS, _ERROR, "train_ret"),
+    "dataset.num_test_runs": _per_data(500, 2050, 2050),
+    "dataset.openai_coeff": _per_data(4.185, 1.646, 2.06),
+    "dataset.target_epoch_size": _per_data(100_800, 100_800, 806_400),
+    "transformer.split_policy": _per_data("chunk_within_layer", "chunk_within_layer", "layer_by_layer"),
+    "transformer.chunk_size": _per_data(1000, 576, 2048),
+    "transformer.n_embd": _per_data(1536, 2048, 1536),
+    "transformer.n_head": _per_data(16, 16, 12),
+    "train.grad_clip": _per_data(0.75, 0.1, 0.0),
+    "train.warmup_epochs": _per_data(5, 5, 10),
+    "train.base_lr": _per_data(4e-4, 4e-4, 2e-4),
+    "train.num_ep": _per_data(2000, 15000, 2000),
+    "train.checkpoint_freq": _per_data(250, 500, 500),
+    "train.mb_size": _Row(1024, 512, 550, 550, 8192),
+    "test.mb_size": _Row(1024, 512, 550, 550, 8192),
+    "test.freq": _Row(20, 10, 10, 10, 10),
+    "vis.freq": _per_data(20, 20, 10),
+    "vis.num_nets_per_gpu": _per_data(8, 16, 8),
+    "vis.net_mb_size_per_gpu": _per_data(8, 16, 8),
+    "vis.prompt_start_coeff": _per_data(0.9, 1.0, 1.0),
+    "vis.recursive_probe": _per_data(False, False, False),
+    "wandb.entity": _per_data("learn2learn", "learn2learn", "learn2learn"),
+    "wandb.mode": _per_data("online", "online", "online"),
+}
+"""Where the published training files differ from the defaults above."""
+_TEST_ROWS = _ROWS | {
+    "out_dir": _per_data("test_results", "test_results", "test_results"),
+    "resume_path": _Row(*(f"{name}.pt" for name in _NAMES)),
+    "test_only": _per_data(True, True, True),
+    "train.mb_size": _Row(1024, 512, 500, 550, 8192),
+    "test.mb_size": _Row(1024, 512, 500, 550, 8192),
+    "vis.num_nets_per_gpu": _Row(16, 16, 32, 128, 16),
+    "vis.net_mb_size_per_gpu": _Row(16, 16, 32, 64, 16),
+    "vis.recursive_probe": _per_data(True, True, True),
+}
+"""The same for the published test files."""
+
+
+def _presets() -> dict[str, dict[str, Any]]:
+    presets = {"digits_loss": _DIGITS_LOSS}
+    for ending, rows in (("", _ROWS), ("_test", _TEST_ROWS)):
+        for name in _NAMES:
+            tree: dict[str, Any] = {}
+            for key, row in rows.items():
+                tree = _with(tree, key, getattr(row, name))
+            presets[name + ending] = tree
+    return presets
+
+
+def _with(tree: Any, key: str, value: Any) -> dict[str, Any]:  # noqa: ANN401 (a tree of YAML values)
+    """The tree with another value of a dotted key."""
+    first, _, rest = key.partition(".")
+    below = tree.get(first) or {} if rest else None
+    if rest and not isinstance(below, Mapping):
+        raise ValueError(f"{key}: {first} is no group of keys, but {below!r}")
+    return {**tree, first: _with(below, rest, value) if rest else value}
+
+
+#: Built-in configurations by name: ours, and the ten published files (``<name>`` to train, ``<name>_test``).
+PRESETS = _presets()
+
+
+def preset_name(name: str | Path) -> str:
+    """Name of a preset by any of its names: ``mnist-loss``, ``configs/test/mnist_loss.yaml``, ``cifar_loss`` ..."""
+    text = str(name).replace("-", "_").removeprefix("configs/").removesuffix(".yaml")
+    text = text.removeprefix("train/")
+    text = f"{text.removeprefix('test/')}_test" if text.startswith("test/") else text
+    return re.sub("^cifar_", "cifar10_", text)
 
 
 def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """A preset or YAML file, changed by ``key=value`` overrides.
 
     Args:
-        name_or_path: Name of a preset, or a YAML file with the same tree of keys.
+        name_or_path: Name of a preset, or a YAML file with the same tree of keys (also a published one: references
+            ``${group.key}`` are followed, the groups ``hydra`` and ``defaults`` are passed over).
         overrides: For example ``train.base_lr=1e-3``; values are read as YAML.
 
     Raises:
         FileNotFoundError: Neither a preset nor a file; the message has the nearest preset.
         ValueError: Unknown key or unfit value; the message names both.
     """
-    name = str(name_or_path).replace("-", "_")
-    if name in PRESETS:
-        tree: Any = PRESETS[name]
-    elif Path(name_or_path).is_file():
-        tree = _read_yaml(Path(name_or_path))
+    name = preset_name(name_or_path)
+    if Path(name_or_path).is_file():
+        tree: Any = _read_yaml(Path(name_or_path))
+    elif name in PRESETS:
+        tree = PRESETS[name]
     else:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0)[0]
         raise FileNotFoundError(
@@ -234,7 +391,9 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
         )
     for override in overrides:
         tree = _override(tree, override)
-    return config_from_dict(tree)
+    if isinstance(tree, Mapping):
+        tree = {key: value for key, value in tree.items() if key != "defaults" and not str(key).startswith("hydra")}
+    return config_from_dict(_resolved(tree, tree))
 
 
 def config_from_dict(tree: Mapping[str, Any]) -> Config:
@@ -256,18 +415,32 @@ def _read_yaml(path: Path) -> Any:  # noqa: ANN401 (checked by _build)
 
 
 def _override(tree: Any, override: str) -> dict[str, Any]:  # noqa: ANN401 (a tree of YAML values)
-    key, separator, text = override.partition("=")
+    key, separator, text = override.lstrip("+").partition("=")
     if not separator or not key:
         raise ValueError(f"override {override!r} must have the form key=value, for example train.mb_size=32")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    first, *rest = key.split(".")
-    below = value
-    if rest:
-        below = _override(tree.get(first) or {}, f"{'.'.join(rest)}={text}")
-    return {**tree, first: below}
+    return _with(tree, key, value)
+
+
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+
+
+def _resolved(value: Any, root: Any, depth: int = 0) -> Any:  # noqa: ANN401 (a tree of YAML values)
+    """The tree with the value of ``group.key`` for every ``${group.key}`` in it."""
+    if isinstance(value, Mapping):
+        return {key: _resolved(below, root, depth) for key, below in value.items()}
+    if not isinstance(value, str) or not (found := _REFERENCE.search(value)):
+        return value
+    there = root
+    for part in found[1].split("."):
+        there = there.get(part) if isinstance(there, Mapping) else None
+    if there is None or isinstance(there, Mapping) or depth > 10:
+        raise ValueError(f"the configuration refers to {found[0]}, which has no value")
+    whole = found[0] == value
+    return _resolved(there if whole else value.replace(found[0], str(there)), root, depth + 1)
 
 
 def _build(kind: type, tree: Any, where: str) -> Any:  # noqa: ANN401 (one of the dataclasses above)

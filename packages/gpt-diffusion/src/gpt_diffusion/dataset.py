@@ -68,17 +68,12 @@ class ParameterDataset:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        if len(runs) == 0:
-            raise ValueError("no training runs: the zoo is empty or every run was filtered out")
-        epoch_size = len(runs) if epoch_size is None else epoch_size
-        if epoch_size < len(runs):
-            raise ValueError(f"target_epoch_size ({epoch_size}) must be at least the number of runs ({len(runs)})")
+        self.epoch_size = pairs_per_epoch(len(runs), len(runs) if epoch_size is None else epoch_size)
         self.zoo, self.runs, self.mode, self.seed = zoo, np.asarray(runs), mode, seed
         self.spacing = (min_spacing, max_spacing)
         self.normalizer, self.augment, self.device = normalizer, augment, torch.device(device)
         self.metrics = zoo.metrics[metric].padded()  # (R, C), NaN after a run's end
         self.lengths = np.array([run.checkpoints for run in zoo.runs])
-        self.epoch_size = len(runs) * (epoch_size // len(runs))
         self._order: tuple[int, np.ndarray] | None = None
         self.batch(1, 0)  # a spacing that does not fit shows here, not hours later
 
@@ -100,31 +95,31 @@ class ParameterDataset:
         else:
             _, start, target = self.zoo.pairs(runs, rng, min_spacing=self.spacing[0], max_spacing=self.spacing[1])
         runs, start, target = runs[rows], start[rows], target[rows]
-        weights = self._weights(np.concatenate([runs, runs]), np.concatenate([start, target]), k, size, rows)
-        weights = weights.to(self.device)
+        weights = self._weights(runs, start, target, k, size, rows).to(self.device)
         metrics = [torch.from_numpy(self.metrics[runs, index]).to(self.device) for index in (start, target)]
         return Pairs(weights[: len(runs)], weights[len(runs) :], *metrics)
 
-    def _weights(self, runs: np.ndarray, checkpoints: np.ndarray, k: int, size: int, part: slice) -> Tensor:
+    def _weights(
+        self, runs: np.ndarray, start: np.ndarray, target: np.ndarray, k: int, size: int, part: slice
+    ) -> Tensor:
         """Normalised weights (2 b, D) of b starts and their b targets; both of a pair are permuted alike.
 
         ``part`` says which of the ``size`` pairs of the batch they are. Worked on in blocks, so that all steps but the
-        last write to the caches.
+        last write to the caches; both of a pair are in one block, so that the file of a run is opened once.
         """
-        permutations = []
+        permutations: list[Tensor] = []
         if self.augment is not None:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, 1, k))
-            once = self.augment.random_permutations(size, generator)
-            permutations = [torch.cat([p[part], p[part]]) for p in once]
+            permutations = [p[part] for p in self.augment.random_permutations(size, generator)]
         width = self.zoo.layout.size
-        out, height = torch.empty(len(runs), width), max(1, BLOCK_BYTES // (4 * width))
+        out, height = torch.empty(2, len(runs), width), max(1, BLOCK_BYTES // (8 * width))
         for top in range(0, len(runs), height):
             rows = slice(top, top + height)
-            block = self.zoo.params.gather(runs[rows], checkpoints[rows])
+            block = self.zoo.params.gather(np.tile(runs[rows], 2), np.concatenate([start[rows], target[rows]]))
             if self.augment is not None:
-                block = self.augment.apply(block, [p[rows] for p in permutations])
-            out[rows] = self.normalizer.normalize(block)
-        return out
+                block = self.augment.apply(block, [torch.cat([p[rows]] * 2) for p in permutations])
+            out[:, rows] = self.normalizer.normalize(block).unflatten(0, (2, -1))
+        return out.flatten(0, 1)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
@@ -144,6 +139,19 @@ class ParameterDataset:
         distance[(np.arange(metrics.shape[1]) <= start[:, None]) | np.isnan(distance)] = np.inf
         anywhere = rng.integers(start + 1, length)
         return start, np.where(rng.random(n) < 0.6, distance.argmin(1), anywhere)
+
+
+def pairs_per_epoch(runs: int, target: int) -> int:
+    """Pairs in an epoch: the target, rounded down to a multiple of the number of runs.
+
+    Raises:
+        ValueError: No runs, or a target below their number.
+    """
+    if runs == 0:
+        raise ValueError("no training runs: the zoo is empty or every run was filtered out")
+    if target < runs:
+        raise ValueError(f"target_epoch_size ({target}) must be at least the number of runs ({runs})")
+    return runs * (target // runs)
 
 
 def mix_seed(*numbers: int) -> int:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -32,6 +32,21 @@ def make_optimizer(
     """AdamW (Loshchilov & Hutter 2019) over :func:`param_groups`, eps 1e-8, betas (0.9, beta2), fused."""
     groups = param_groups(model, weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), eps=1e-8, fused=True)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Take over the moments of a released file; the parameters are in the order of :func:`param_groups`.
+
+    The options of ``optimizer`` stay. Old files count steps in Python integers, which torch no longer accepts.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    order = [index for group in saved["param_groups"] for index in group["params"]]
+    state = {}
+    for position, index in enumerate(order):
+        entry = saved["state"][index]
+        moments = {key: entry[key] for key in ("exp_avg", "exp_avg_sq")}
+        state[position] = {"step": torch.as_tensor(float(entry["step"])), **moments}
+    optimizer.load_state_dict({"state": state, "param_groups": own})
 
 
 def learning_rate(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -195,33 +195,44 @@ def load_pretrained(
     name: str | Path,
     device: str | torch.device = "cpu",
     *,
+    config: str | Path | Config | None = None,
+    weights: Literal["ema", "raw"] | None = None,
     revision: str | None = None,
     offline: bool = False,
 ) -> Pretrained:
-    """Read a model: a file, the one in the folder of a training run, or one on a hub.
+    """Read a model: a file, the one in the folder of a training run, a released one, or one on a hub.
 
     Args:
-        name: File, folder, or repository ``owner/name`` or ``owner/name@revision``.
+        name: File, folder, name of a released model (``mnist_loss.pt``; fetched to ``pretrained_models`` at first use),
+            or repository ``owner/name`` or ``owner/name@revision``.
         device: Where to put the model.
+        config: Configuration of a ``.pt`` file, which holds none; default: by its name, or else by its shapes.
+        weights: ``ema`` (default: as configured) or ``raw`` weights of a ``.pt`` file; other files hold the average.
         revision: Branch, tag or commit of the repository; default: ``main``.
-        offline: Take a repository from the cache alone.
+        offline: Fetch nothing; take a repository from the cache alone.
 
     Raises:
         FileNotFoundError: No such file or repository, or a run folder without a model.
-        ValueError: Not a model of this package, or a damaged one.
-        OSError: The hub cannot be reached or refuses.
+        ValueError: Not a model of this package, a damaged one, or one of another configuration.
+        OSError: The server or hub cannot be reached or refuses.
     """
+    from gpt_diffusion.released import find_released, load_released
+
+    if (released := find_released(name, offline=offline)) is not None:
+        return load_released(released, device, config=config, weights=weights)
+    if config is not None or weights is not None:
+        raise ValueError(f"{name} is no .pt file: its configuration and weights cannot be chosen")
     file = fetch_file(name, FILE, revision=revision, offline=offline)
     if not file.exists():
         raise FileNotFoundError(f"{name} holds no {FILE}; finish the run with `gpt-diffusion train`")
     checkpoint = load_checkpoint(file, device)
     if checkpoint.metadata.get("kind") != KIND:
         raise ValueError(f"{file} is not a model of gpt-diffusion, but weights of something else")
-    config = config_from_dict(checkpoint.metadata["config"])
+    settings = config_from_dict(checkpoint.metadata["config"])
     info = ModelInfo.from_json(checkpoint.metadata["info"])
-    model = build_model(config.transformer, info)
+    model = build_model(settings.transformer, info)
     try:
         model.load_state_dict(checkpoint.state)
     except RuntimeError as error:
         raise ValueError(f"{file} does not fit its own configuration: {' '.join(str(error).split())}") from None
-    return Pretrained(model.to(device).requires_grad_(False).eval(), config, info)
+    return Pretrained(model.to(device).requires_grad_(False).eval(), settings, info)

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import logging
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,18 @@ from zoo_common.zoo import Zoo
 
 from gpt_diffusion.augmentation import Permuter, RulePermuter
 from gpt_diffusion.behaviour import BehaviourLoss
-from gpt_diffusion.config import Config, config_to_yaml, load_config
+from gpt_diffusion.config import Config, DatasetConfig, config_to_yaml, load_config
 from gpt_diffusion.dataset import Pairs, ParameterDataset, mix_seed
 from gpt_diffusion.device import choose_device
+from gpt_diffusion.diffusion.process import Losses
 from gpt_diffusion.distributed import Processes, gather, joined, scatter, shard, synchronized
+from gpt_diffusion.loggers import Logger, open_logger
 from gpt_diffusion.normalization import get_normalizer
-from gpt_diffusion.optim import apply_gradients, averaged_copy, learning_rate, make_optimizer
+from gpt_diffusion.optim import apply_gradients, averaged_copy, learning_rate, load_optimizer, make_optimizer
 from gpt_diffusion.preparation import excluded
 from gpt_diffusion.pretrained import ModelInfo, Pretrained, build_model, make_diffusion
+from gpt_diffusion.published import PublishedZoo, find_metric, open_runs, split_runs
+from gpt_diffusion.released import Released, find_released, read_released
 from gpt_diffusion.units import UnitTokens
 
 
@@ -80,13 +86,21 @@ def train(
         FileNotFoundError: No zoo, or nothing to resume.
         ValueError: Zoo, configuration and saved state do not fit each other, or the loss is not finite.
     """
+    logger = open_logger(config)
     with joined(choose_device(config.device)) as processes:
         run = _prepare_run(config, data_dir, processes)
-        folder = _open_folder(config, resume) if processes.first else config.folder
+        begin = None if config.resume_path is None else _beginning(config)
+        folder = config.folder
+        if processes.first:
+            _open_folder(config, resume)
+            _check_room(folder, 2 * _state_bytes(run.model))
         processes.wait()
         if resume and (folder / "state.safetensors").exists():
             run.load(folder / "state.safetensors")
-        report = run.loop(folder, limit_seconds, quiet or not processes.first)
+        elif begin is not None:
+            run.begin_from(begin)
+        with logger(folder) if processes.first else nullcontext(Logger()) as run.logger:
+            report = run.loop(folder, limit_seconds, quiet or not processes.first)
         if report.finished:
             average = run.plain_parts()["modules"]["average"]
             if processes.first:
@@ -117,17 +131,30 @@ def forecast(config: Config, *, data_dir: Path | None = None, timed_steps: int =
     run.sums.tolist()  # waits for the device
     seconds = (time.monotonic() - began) / timed_steps * run.steps
     parameters = sum(p.numel() for p in run.model.parameters())
-    # weights, two AdamW moments and the average in the state; the average again in the model
-    return Forecast(run.steps, parameters, seconds, 5 * 4 * parameters)
+    return Forecast(run.steps, parameters, seconds, _state_bytes(run.model))
+
+
+def _state_bytes(model: nn.Module) -> int:
+    """Weights, two AdamW moments and the average in the state; the average again in the model."""
+    return 5 * 4 * sum(p.numel() for p in model.parameters())
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    """Refuse to begin what the disk has no room for: the state and, while it is written, its successor."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{folder} has {free / 1e9:.2f} GB left, the training needs {needed / 1e9:.2f} GB: make room")
 
 
 def _prepare_run(config: Config, data_dir: Path | None, processes: Processes) -> "Training":
     task = get_task(config.dataset.name, data_dir)
-    dataset, info = prepare(config, Zoo.open(config.dataset.path), task, processes.device)
-    behaviour = _behaviour(config, task, processes.device)
+    zoo, device = open_runs(config.dataset), processes.device
+    dataset, info = prepare(config, zoo, task, device)
+    test = _test_pairs(config, zoo, info, device)
+    behaviour = _behaviour(config, task, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.rng_seed)
-        return Training(config, dataset, info, processes, behaviour)
+        return Training(config, dataset, info, processes, behaviour, test)
 
 
 def prepare(config: Config, zoo: Zoo, task: Task, device: torch.device) -> tuple[ParameterDataset, ModelInfo]:
@@ -138,14 +165,17 @@ def prepare(config: Config, zoo: Zoo, task: Task, device: torch.device) -> tuple
     layout = ParameterLayout.from_module(task.constructor())
     if zoo.layout.shapes != layout.shapes:
         raise ValueError(f"{data.path}: the zoo holds {_sizes(zoo.layout)}, task {task.name!r} has {_sizes(layout)}")
-    metric = data.train_metric or task.metric_name
-    if metric not in zoo.metrics:
-        raise ValueError(f"{data.path}: no metric {metric!r}; the zoo has {', '.join(zoo.metrics)}")
-    for part in zoo.shards.values():
-        part.file.check()
-    runs = _good_runs(zoo, metric)[: data.max_train_runs]
-    stats = zoo.stats(runs=runs)
-    coeff = data.openai_coeff or 0.538 / stats.overall_std
+    metric = find_metric(zoo, data.train_metric or task.metric_name)
+    if not isinstance(zoo, PublishedZoo):  # whose records have no sums
+        for part in zoo.shards.values():
+            part.file.check()
+    runs = _good_runs(zoo, data, metric, "train")[: data.max_train_runs]
+    if data.openai_coeff and isinstance(zoo, PublishedZoo) and len(runs):  # spares a pass over hundreds of GB
+        coeff, ranges = data.openai_coeff, zoo.ranges(runs)
+        low, high = float(ranges[:, 0].min()), float(ranges[:, 1].max())
+    else:
+        stats = zoo.stats(runs=runs)
+        coeff, low, high = data.openai_coeff or 0.538 / stats.overall_std, stats.low, stats.high
     dataset = ParameterDataset(
         zoo,
         runs,
@@ -167,7 +197,7 @@ def prepare(config: Config, zoo: Zoo, task: Task, device: torch.device) -> tuple
         metric_log=metric.endswith("loss"),
         metric_scale=float(np.nanstd(table)),
         openai_coeff=coeff,
-        weight_range=(stats.low, stats.high),
+        weight_range=(low, high),
         best_metric=float(np.nanmin(table) if task.minimize else np.nanmax(table)),
         final_metric=float(np.median(last)),
         units=UnitTokens.from_symmetry(task.symmetry()) if units else None,
@@ -175,9 +205,35 @@ def prepare(config: Config, zoo: Zoo, task: Task, device: torch.device) -> tuple
     return dataset, info
 
 
-def _good_runs(zoo: Zoo, metric: str) -> np.ndarray:
-    """Training runs whose weights are finite and small and whose metric is known at every checkpoint."""
-    runs, filtered = zoo.split("train"), zoo.filter()
+def _test_pairs(config: Config, zoo: Zoo, info: ModelInfo, device: torch.device) -> ParameterDataset | None:
+    """Pairs of the test runs, not permuted; None if nothing is to be measured."""
+    data = config.dataset
+    runs = _good_runs(zoo, data, info.metric, "test") if config.test.freq > 0 else np.zeros(0, np.int64)
+    if not len(runs):
+        return None
+    return ParameterDataset(
+        zoo,
+        runs,
+        metric=info.metric,
+        normalizer=get_normalizer(data.normalizer, info.openai_coeff),
+        min_spacing=data.min_step_spacing,
+        max_spacing=data.max_step_spacing,
+        epoch_size=max(data.target_epoch_size, len(runs)),
+        seed=config.rng_seed,
+        device=device,
+    )
+
+
+def _beginning(config: Config) -> Released:
+    file = find_released(str(config.resume_path))
+    if file is None:
+        raise ValueError(f"resume_path: {config.resume_path} is neither a .pt file nor a released model")
+    return read_released(file, config)
+
+
+def _good_runs(zoo: Zoo, data: DatasetConfig, metric: str, split: str) -> np.ndarray:
+    """Runs of a split whose weights are finite and small and whose metric is known at every checkpoint."""
+    runs, filtered = split_runs(zoo, data, split), zoo.filter()
     lengths = np.array([run.checkpoints for run in zoo.runs])
     known = np.flatnonzero(np.isfinite(zoo.metrics[metric].padded()).sum(1) == lengths)
     bad = excluded(zoo.path)
@@ -187,8 +243,9 @@ def _good_runs(zoo: Zoo, metric: str) -> np.ndarray:
         reasons = [f"{count} {reason}" for reason, count in filtered.dropped.items() if count]
         reasons += [f"{len(listed)} listed in prepared.json"] if len(listed) else []
         reasons += [f"{len(zoo) - len(known)} without a finite {metric} at every checkpoint"]
-        message = "%s: %d of %d training runs are left out (in the whole zoo: %s)"
-        logging.getLogger(__name__).warning(message, zoo.path, len(runs) - len(good), len(runs), ", ".join(reasons))
+        message = "%s: %d of %d %s runs are left out (in the whole zoo: %s)"
+        found = (len(runs) - len(good), len(runs), {"train": "training"}.get(split, split), ", ".join(reasons))
+        logging.getLogger(__name__).warning(message, zoo.path, *found)
     return good
 
 
@@ -211,9 +268,10 @@ class Training:
         info: ModelInfo,
         processes: Processes,
         behaviour: BehaviourLoss | None,
+        test: ParameterDataset | None = None,
     ) -> None:
-        self.config, self.dataset, self.info, self.behaviour = config, dataset, info, behaviour
-        self.processes, self.device, self.optim = processes, processes.device, config.train
+        self.config, self.dataset, self.info, self.behaviour, self.test = config, dataset, info, behaviour, test
+        self.processes, self.device, self.optim, self.logger = processes, processes.device, config.train, Logger()
         self.rows = processes.rows(self.optim.mb_size)
         if (self.rows.stop - self.rows.start) % self.optim.accumulate:
             raise ValueError(
@@ -231,6 +289,8 @@ class Training:
         self.diffusion = make_diffusion(config)
         self.per_epoch = dataset.batches_per_epoch(self.optim.mb_size)
         self.steps = self.optim.max_steps or self.optim.num_ep * self.per_epoch
+        self.save_every = self.optim.checkpoint_steps or self.optim.checkpoint_freq * self.per_epoch
+        self.bf16 = config.amp or self.optim.precision == "bf16"
         self.step = 0
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, mse, number since the last log line
         self.last_loss = math.nan
@@ -248,7 +308,9 @@ class Training:
                 bar.update()
                 if self.step % self.optim.log_freq == 0 or self.step == self.steps:
                     self.write_log(log, bar, time.monotonic() - began)
-                if self.step % self.optim.checkpoint_freq == 0 and self.step < self.steps:
+                if self.test is not None and self.step % (self.config.test.freq * self.per_epoch) == 0:
+                    self.write_test(log, self.test)
+                if self.step % self.save_every == 0 and self.step < self.steps:
                     self.save(folder / "state.safetensors")
                 late = limit_seconds is not None and time.monotonic() - began > limit_seconds
                 if limit_seconds is not None and self.processes.any(late):
@@ -299,16 +361,7 @@ class Training:
             noise: Their noise (b, D).
             generator: Draws the inputs of the behaviour term.
         """
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.optim.precision == "bf16"):
-            terms = self.diffusion.training_losses(
-                self.forward,
-                pairs.target,
-                t,
-                loss_target=pairs.target_metric,
-                loss_prev=pairs.start_metric,
-                x_prev=pairs.start,
-                noise=noise,
-            )
+        terms = self.terms(self.forward, pairs, t, noise)
         loss, mse = terms.loss.mean(), terms.loss.detach().mean()
         if self.behaviour is not None:
             unnormalize = self.dataset.normalizer.unnormalize
@@ -316,14 +369,49 @@ class Training:
             loss = loss + self.optim.behaviour_weight * divergence.mean()
         return loss, mse
 
+    def terms(self, model: Callable[..., Tensor], pairs: Pairs, t: Tensor, noise: Tensor) -> Losses:
+        """Terms of the published loss at given steps of the process (b,), with given noise (b, D)."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.diffusion.training_losses(
+                model,
+                pairs.target,
+                t,
+                loss_target=pairs.target_metric,
+                loss_prev=pairs.start_metric,
+                x_prev=pairs.start,
+                noise=noise,
+            )
+
+    @torch.no_grad()
+    def write_test(self, log: Path, test: ParameterDataset) -> None:
+        """Append the mean diffusion loss on one epoch of the test runs, the same pairs and noise each time."""
+        model = self.average if self.config.test.use_ema else self.model.eval()
+        size = min(self.config.test.mb_size, test.epoch_size)
+        losses = []
+        for k in range(test.batches_per_epoch(size)):
+            generator = torch.Generator(self.device).manual_seed(mix_seed(self.config.rng_seed, 3, k))
+            t = torch.randint(self.diffusion.num_timesteps, (size,), generator=generator, device=self.device)
+            pairs = test.batch(size, k)
+            noise = torch.randn(pairs.target.shape, generator=generator, device=self.device)
+            losses.append(self.terms(model, pairs, t, noise).loss.mean())
+        self.model.train()
+        line = {"step": self.step, "epoch": self.step / self.per_epoch, "test_loss": torch.stack(losses).mean().item()}
+        self.append(log, line)
+
+    def append(self, log: Path, line: dict[str, float]) -> None:
+        """Write a line of metrics, in the first process."""
+        if not self.processes.first:
+            return
+        with log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.logger.log(line)
+
     def write_log(self, log: Path, bar: tqdm, seconds: float) -> None:
         """Append the means since the last line."""
         self.check()
         loss, mse, count = self.processes.mean(self.sums).tolist()
         self.sums.zero_()
         self.last_loss = loss / count
-        if not self.processes.first:
-            return
         line = {
             "step": self.step,
             "epoch": self.step / self.per_epoch,
@@ -332,8 +420,7 @@ class Training:
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": round(seconds, 3),
         }
-        with log.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self.append(log, line)
         bar.set_postfix(loss=f"{self.last_loss:.4f}")
 
     def check(self) -> None:
@@ -358,10 +445,30 @@ class Training:
         parts = self._replicas() if self.sharded else self.plain_parts()
         progress = load_training(path, **parts)
         if self.sharded:
-            scatter(self.model, self.optimizer, parts["modules"]["model"], parts["optimizers"]["adamw"])
-            scatter(self.average, None, parts["modules"]["average"], None)
+            self._scatter(parts)
         self.step, self.last_loss = progress["step"], progress["loss"]
         self.sums.copy_(progress["sums"])
+
+    def begin_from(self, released: Released) -> None:
+        """Go on from a file in the published format: weights, average, optimizer (if it has them) and epoch.
+
+        Raises:
+            ValueError: It was trained for as long as this training shall take, or longer.
+        """
+        self.step = released.epoch * self.per_epoch
+        if self.step >= self.steps:
+            raise ValueError(f"resume_path: trained for {released.epoch} epochs already; raise train.num_ep")
+        parts = self._replicas() if self.sharded else self.plain_parts()
+        parts["modules"]["model"].load_state_dict(released.raw)
+        parts["modules"]["average"].load_state_dict(released.average or released.raw)
+        if released.optimizer is not None and released.optimizer["state"]:
+            load_optimizer(parts["optimizers"]["adamw"], released.optimizer)
+        if self.sharded:
+            self._scatter(parts)
+
+    def _scatter(self, parts: dict[str, Any]) -> None:
+        scatter(self.model, self.optimizer, parts["modules"]["model"], parts["optimizers"]["adamw"])
+        scatter(self.average, None, parts["modules"]["average"], None)
 
     def plain_parts(self) -> dict[str, Any]:
         """Models and optimizer whole, as they are saved; only the first process has them if they are sharded."""
@@ -401,7 +508,9 @@ def _open_folder(config: Config, resume: bool) -> Path:
     if stored.exists():
         changed = _differences(dataclasses.asdict(load_config(stored)), dataclasses.asdict(config))
         if changed:
-            raise ValueError(f"{stored} differs from the configuration given in {', '.join(changed)}; use the same")
+            raise ValueError(
+                f"{stored} differs from the configuration given: {', '.join(changed)}; use the same, or another exp_name"
+            )
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(stored) as temporary:
@@ -410,13 +519,13 @@ def _open_folder(config: Config, resume: bool) -> Path:
 
 
 def _differences(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
-    """Dotted names of the keys that differ."""
+    """Dotted names of the keys that differ, with both values."""
     names = []
     for key, value in stored.items():
         if isinstance(value, dict):
             names += [f"{key}.{name}" for name in _differences(value, given[key])]
         elif value != given[key]:
-            names.append(key)
+            names.append(f"{key} ({value} there, {given[key]} given)")
     return names
 
 

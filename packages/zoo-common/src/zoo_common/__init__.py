@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what a type checker sees
     from zoo_common.symmetry import Symmetry as Symmetry
     from zoo_common.tasks import Task as Task
     from zoo_common.tasks import get_task as get_task
+    from zoo_common.tasks import register_task as register_task
     from zoo_common.tasks import task_names as task_names
     from zoo_common.tokens import ChannelTokenizer as ChannelTokenizer
     from zoo_common.tokens import LayerTokenizer as LayerTokenizer
@@ -66,6 +67,7 @@ _MODULE_OF = {
     "push_zoo": "hub",
     "save_checkpoint": "checkpoint",
     "save_training": "checkpoint",
+    "register_task": "tasks",
     "task_names": "tasks",
 }
 

@@ -2,15 +2,15 @@
 
 A task is the contract that a checkpoint model needs (constructor, data, metric, prompts). The built-in ones classify
 images; each comes with a ``_loss`` variant (mean cross entropy) and an ``_error`` variant (top-1 error in percent).
-Other packages add theirs through the entry-point group ``zoo_common.tasks``: the entry's name is the task's name, its
-value a function ``(data_dir: Path | None) -> Task``.
+Programs add theirs by :func:`register_task`, other packages through the entry-point group ``zoo_common.tasks``: the
+entry's name is the task's name, its value a function ``(data_dir: Path | None) -> Task`` (or a dictionary, see there).
 """
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -177,6 +177,59 @@ def _built_in(name: str, data_dir: Path | None, download: bool) -> Task:
     )
 
 
+_METADATA = ("task_test_fn", "constructor", "data_fn", "minimize", "best_prompt", "recursive_prompt")
+_OPTIONAL = ("aug_fn", "metric_name", "input_shape", "recipe", "splits")
+_registered: dict[str, Mapping[str, Any]] = {}
+
+
+def register_task(name: str, metadata: Mapping[str, Any]) -> None:
+    """Add a task to this process by the six published keys, or replace one added before.
+
+    Args:
+        name: Its name; one of the built-in tasks cannot be replaced.
+        metadata: ``task_test_fn``, ``constructor``, ``data_fn``, ``minimize``, ``best_prompt`` and ``recursive_prompt``,
+            as in :class:`Task` (``data_fn`` is called once). Optional: ``aug_fn``, ``metric_name``, ``input_shape``,
+            ``recipe`` and ``splits``. Without an ``input_shape`` the inputs are the first tensor that ``data_fn``
+            returns, of shape (n, *input_shape); without an ``aug_fn`` the symmetry of the network is found from them.
+
+    Raises:
+        ValueError: A name that is taken, or missing or unknown keys; the message names them.
+    """
+    wanted = _normal(name)
+    if wanted in _BUILT_IN or (wanted.rsplit("_", 1)[0] in _BUILT_IN and wanted.endswith(("_loss", "_error"))):
+        raise ValueError(f"task {name!r} is built in: choose another name")
+    _registered[wanted] = _checked(name, metadata)
+
+
+def _checked(name: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    if missing := [key for key in _METADATA if key not in metadata]:
+        raise ValueError(f"task {name!r} lacks {', '.join(missing)}")
+    for key in metadata:
+        if key not in _METADATA + _OPTIONAL:
+            near = difflib.get_close_matches(key, _METADATA + _OPTIONAL, n=1, cutoff=0)[0]
+            raise ValueError(f"task {name!r}: unknown key {key!r}; did you mean {near!r}?")
+    return {**metadata, "name": name, "data_fn": cache(metadata["data_fn"])}
+
+
+def _described(checked: Mapping[str, Any]) -> Task:
+    """The task with this metadata."""
+    metadata = dict(checked)
+    shape = metadata.pop("input_shape", None)
+    if shape is None:
+        inputs = next((item for item in metadata["data_fn"]() if isinstance(item, Tensor)), None)
+        if inputs is None and metadata.get("aug_fn") is None:
+            raise ValueError(
+                f"task {metadata['name']!r}: data_fn returns no tensor of inputs; give aug_fn or input_shape"
+            )
+        shape = () if inputs is None else inputs.shape[1:]
+    return Task(
+        test_fn=metadata.pop("task_test_fn"),
+        metric_name=metadata.pop("metric_name", ""),
+        input_shape=tuple(shape),
+        **metadata,
+    )
+
+
 def _normal(name: str) -> str:
     return name.lower().replace("-", "_")
 
@@ -187,6 +240,8 @@ def _foreign(entry: EntryPoint, folder: Path | None) -> Task:
     where = f"task {entry.name!r}: the entry point {entry.value!r}{package}"
     try:
         task = entry.load()(folder)
+        if isinstance(task, Mapping):
+            task = _described(_checked(entry.name, task))
     except Exception as error:  # whatever a stranger's package does wrong
         raise ValueError(f"{where} fails ({type(error).__name__}: {error}): repair or uninstall it") from error
     if not isinstance(task, Task) or task.name != entry.name:
@@ -196,8 +251,9 @@ def _foreign(entry: EntryPoint, folder: Path | None) -> Task:
 
 
 def task_names() -> list[str]:
-    """All tasks: the built-in ones and those of installed packages."""
+    """All tasks: the built-in ones, those registered and those of installed packages."""
     own = [f"{data}_{kind}" for data in _BUILT_IN for kind in ("loss", "error")]
+    own += sorted(metadata["name"] for metadata in _registered.values())
     return own + sorted(entry.name for entry in entry_points(group=_GROUP))
 
 
@@ -218,6 +274,8 @@ def get_task(name: str, data_dir: Path | str | None = None, *, download: bool = 
     wanted = f"{wanted}_loss" if wanted in _BUILT_IN else wanted
     if wanted.rsplit("_", 1)[0] in _BUILT_IN and wanted.endswith(("_loss", "_error")):
         return _built_in(wanted, folder, download)
+    if wanted in _registered:
+        return _described(_registered[wanted])
     for entry in entry_points(group=_GROUP):
         if _normal(entry.name) == wanted:
             return _foreign(entry, folder)

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from zoo_common.files import atomic_folder
 from zoo_common.formats.source import (
@@ -179,6 +180,26 @@ class LmdbRuns(Source):
                 few = _same(rest, rebuilt) and own.keys() >= rebuilt["metadata"].keys()
                 origin |= {"metadata": odd} if few else {"record": record}
         return _with(run, origin)
+
+    def record(self, run_id: str) -> dict[str, Any]:
+        """What ``runs.json`` holds of a run; ``BadRunError`` if that is nothing."""
+        return self._record(run_id)
+
+    def vectors(self, run_id: str, keys: Sequence[str]) -> Tensor:
+        """Some checkpoints of a run, (len(keys), D) float32, without reading the others.
+
+        Raises:
+            ValueError: One is missing, or of another size; the message names it.
+        """
+        out = torch.empty(len(keys), self.layout.size)
+        with _records(self._folders[run_id]) as get:
+            for row, key in zip(out, keys, strict=True):
+                value = get(key)
+                if value is None or len(value) != 4 * self.layout.size:
+                    size = "is missing" if value is None else f"has {len(value)} bytes, not {4 * self.layout.size}"
+                    raise BadRunError(f"{self._folders[run_id]}: record {key!r} {size}")
+                row.copy_(torch.from_numpy(np.frombuffer(value, "<f4").astype("f4")))
+        return out
 
     def close(self) -> None:
         """Close the environments, so that others can open them."""
