@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # what a type checker sees
     from gpt_diffusion.prompting import prompt_alignment as prompt_alignment
     from gpt_diffusion.sampling import sample as sample
     from gpt_diffusion.training import train as train
+    from gpt_diffusion.trust import NoveltyReport as NoveltyReport
+    from gpt_diffusion.trust import novelty_report as novelty_report
     from gpt_diffusion.units import UnitModel as UnitModel
     from gpt_diffusion.units import UnitTokens as UnitTokens
 
@@ -34,6 +36,7 @@ _MODULE_OF = {
     "Config": "config",
     "Diffusion": "diffusion",
     "GptModel": "model",
+    "NoveltyReport": "trust",
     "ParameterDataset": "dataset",
     "Pretrained": "pretrained",
     "ScalarEmbedding": "embedding",
@@ -46,6 +49,7 @@ _MODULE_OF = {
     "load_config": "config",
     "load_pretrained": "pretrained",
     "nearest_checkpoints": "novelty",
+    "novelty_report": "trust",
     "prompt_alignment": "prompting",
     "sample": "sampling",
     "space_timesteps": "diffusion",

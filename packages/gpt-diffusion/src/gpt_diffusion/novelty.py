@@ -79,14 +79,12 @@ def nearest_checkpoints(
         bounds[:, rows] = _lower_bound(networks, stored(rows), tokens)
         if progress is not None:
             progress(min(first + width, len(run_of)), len(run_of))
-    found = [
-        _search(network, bound, run_of, stored, symmetry) for network, bound in zip(networks, bounds, strict=True)
-    ]
-    rows = np.array([row for _, row, _ in found], dtype=np.int64)
+    found = [_search(network, bound, run_of, stored, symmetry) for network, bound in zip(networks, bounds, strict=True)]
+    nearest = np.array([row for _, row, _ in found], dtype=np.int64)
     return Nearest(
         torch.tensor([distance for distance, _, _ in found]),
-        torch.from_numpy(run_of[rows]),
-        torch.from_numpy(checkpoint_of[rows]),
+        torch.from_numpy(run_of[nearest]),
+        torch.from_numpy(checkpoint_of[nearest]),
         torch.tensor([other for _, _, other in found]),
     )
 

@@ -9,13 +9,15 @@ Two numbers decide for each network, both calibrated on runs that the training h
   much nearer to that run than to any other.
 
 A **copy** is at most :data:`COPY` of the unseen distance away. A **near copy** is at most :data:`NEAR` of it away, or has
-a contrast of at most :data:`CONTRAST`; where unseen networks themselves come near these limits, the limits are lowered to
-twice as far below 1 as the lowest unseen value. Everything else is **new**.
+a contrast of at most :data:`CONTRAST`. Where unseen networks themselves come near these two limits, they are lowered: to k
+times as far below 1 as the lowest unseen value, k so large that another unseen network would pass the limit with a
+probability of :data:`FALSE_ALARMS` if values below 1 have an exponential tail. Everything else is **new**.
 
 Shapes: ``n`` networks asked about, ``u`` unseen ones, ``b`` images, ``D`` weights.
 """
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ from gpt_diffusion.evaluation import batched_metric
 from gpt_diffusion.novelty import Nearest, aligned_distances, nearest_checkpoints
 
 #: Limits of the verdicts, see above.
-COPY, NEAR, CONTRAST = 0.1, 0.5, 0.8
+COPY, NEAR, CONTRAST, FALSE_ALARMS = 0.1, 0.5, 0.8, 0.005
 #: Unseen networks of the calibration; those nearest in quality that a network is compared with; networks compared in
 #: pairs, and averaged; lines of the text.
 _UNSEEN, _PEERS, _SOME, _LINES = 64, 8, 32, 12
@@ -130,12 +132,14 @@ class NoveltyReport:
 
     def text(self) -> str:
         """A screen of text; of many samples the most suspicious ones."""
-        order = sorted(self.samples, key=lambda s: (("copy", "near copy", "new").index(s.verdict), s.distance_to_unseen))
+        order = sorted(
+            self.samples, key=lambda s: (("copy", "near copy", "new").index(s.verdict), s.distance_to_unseen)
+        )
+        known = f"{self.training_checkpoints:,} training checkpoints of {self.training_runs:,} runs"
+        titles = f"{'distance':>9} {'/ norm':>7} {'/ unseen':>8} {'/ next':>7} {'same errors':>12} {'unrelated':>10}"
         lines = [
-            f"{len(order)} networks, {self.training_checkpoints:,} training checkpoints of {self.training_runs:,} runs,"
-            f" calibrated on {self.calibration.networks} unseen networks",
-            f"{self.metric:>10} {'distance':>9} {'/ norm':>7} {'/ unseen':>8} {'/ next':>7} {'same errors':>12}"
-            f" {'unrelated':>10}  verdict",
+            f"{len(order)} networks, {known}, calibrated on {self.calibration.networks} unseen networks",
+            f"{self.metric:>10} {titles}  verdict",
         ]
         for s in order[:_LINES]:
             numbers = (s.contrast, s.error_overlap, s.unrelated_error_overlap)
@@ -187,7 +191,9 @@ def novelty_report(
     chosen = np.nanargmin(np.abs(table[unseen] - wanted[:, None]), axis=1)
     rivals = zoo.params.gather(unseen, chosen)
     both = nearest_checkpoints(torch.cat([networks, rivals]), zoo, train, symmetry, progress=progress)
-    found, theirs = (Nearest(*(part[rows] for part in both)) for rows in (slice(len(networks)), slice(len(networks), None)))
+    found, theirs = (
+        Nearest(*(part[rows] for part in both)) for rows in (slice(len(networks)), slice(len(networks), None))
+    )
     metric_of = table[unseen, chosen]
     calibration = _calibrate(theirs, metric_of)
     ratio = found.distance.numpy() / _expected(bounded, metric_of, theirs.distance.numpy())
@@ -260,14 +266,17 @@ def _calibrate(found: Nearest, metrics: np.ndarray) -> Calibration:
         lowest_distance_to_unseen=lowest,
         lowest_contrast=min(contrasts, default=None),
         copy_below=COPY,
-        near_copy_below=_limit(NEAR, lowest),
-        contrast_below=_limit(CONTRAST, min(contrasts)) if contrasts else None,
+        near_copy_below=_limit(NEAR, lowest, len(distance)),
+        contrast_below=_limit(CONTRAST, min(contrasts), len(contrasts)) if contrasts else None,
     )
 
 
-def _limit(usual: float, lowest: float) -> float:
-    """The usual limit, or one that lies twice as far below 1 as the lowest unseen value."""
-    return max(COPY, min(usual, 1 - 2 * (1 - lowest)))
+def _limit(usual: float, lowest: float, count: int) -> float:
+    """The usual limit, or a lower one where the lowest of ``count`` unseen values is near it."""
+    k = 1.0
+    while math.lgamma(count + 1) + math.lgamma(1 + k) - math.lgamma(count + 1 + k) > math.log(FALSE_ALARMS):
+        k += 0.05  # the probability that one exponential variable exceeds k times the largest of ``count`` others
+    return max(COPY, min(usual, 1 - k * (1 - lowest)))
 
 
 def _expected(metrics: np.ndarray, unseen: np.ndarray, distance: np.ndarray) -> np.ndarray:
@@ -279,7 +288,7 @@ def _expected(metrics: np.ndarray, unseen: np.ndarray, distance: np.ndarray) -> 
 def _contrast(found: Nearest) -> list[float | None]:
     """Distance relative to the next nearest run; None where there is only one run."""
     return [
-        None if other == float("inf") else distance / max(other, 1e-12)
+        None if other == math.inf else distance / max(other, 1e-12)
         for distance, other in zip(found.distance.tolist(), found.other_distance.tolist(), strict=True)
     ]
 
@@ -295,7 +304,11 @@ def _verdict(ratio: float, contrast: float | None, calibration: Calibration) -> 
 def _in_words(counts: Counter[Verdict], total: int) -> str:
     if counts["new"] == total:
         return f"all {total} new: no network repeats a training checkpoint" if total > 1 else "new"
-    parts = [(counts["copy"], "copy", "copies"), (counts["near copy"], "near copy", "near copies"), (counts["new"], "new", "new")]
+    parts = [
+        (counts["copy"], "copy", "copies"),
+        (counts["near copy"], "near copy", "near copies"),
+        (counts["new"], "new", "new"),
+    ]
     named = ", ".join(f"{count} {one if count == 1 else many}" for count, one, many in parts if count)
     return f"of {total} networks: {named}"
 
@@ -330,7 +343,9 @@ def _overlaps(
 def _mistakes(population: Population, vectors: Tensor, images: Tensor, labels: Tensor) -> Tensor:
     """Which images are misclassified, (n, b) bool; a bounded part at a time."""
     parts = [
-        torch.cat([population(some, x).argmax(2) != y for x, y in zip(images.split(256), labels.split(256), strict=True)], 1)
+        torch.cat(
+            [population(some, x).argmax(2) != y for x, y in zip(images.split(256), labels.split(256), strict=True)], 1
+        )
         for some in vectors.split(16)
     ]
     return torch.cat([torch.zeros(0, len(labels), dtype=torch.bool), *parts])

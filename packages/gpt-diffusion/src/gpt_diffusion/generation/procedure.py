@@ -196,15 +196,51 @@ def train_from(task: Task, starts: Tensor, *, seed: int, steps: int | None = Non
     Raises:
         ValueError: The starts are of another layout.
     """
+    total = _plan(task, len(starts), seed, 1, None, None, steps, device, "float32", None).options.steps
+    return trajectories_from(task, starts, [total], seed=seed, steps=steps, device=device)[:, 0]
+
+
+def trajectories_from(
+    task: Task,
+    starts: Tensor,
+    saves: Sequence[int],
+    *,
+    seed: int,
+    steps: int | None = None,
+    adam_lr: float | None = None,
+    device: str = "auto",
+    tick: Callable[[int], object] = lambda _: None,
+) -> Tensor:
+    """Train as :func:`train_from` does, and keep the weights after ``saves`` optimizer steps.
+
+    Args:
+        task: A supervised task.
+        starts: Weights to start from, (n, d).
+        saves: Optimizer steps (c,); 0 is the start.
+        seed: Of the data orders.
+        steps: Optimizer steps; default: the task's. The learning rate is annealed over them.
+        adam_lr: Train with Adam and this learning rate, annealed alike, instead of the task's SGD.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        tick: Called with the number of model-steps done since the last call.
+
+    Returns:
+        The weights (n, c, d) float32, on the CPU.
+
+    Raises:
+        ValueError: The starts are of another layout.
+    """
     plan = _plan(task, len(starts), seed, 1, None, None, steps, device, "float32", None)
     if starts.ndim != 2 or starts.shape[1] != plan.job.layout.size:
         raise ValueError(f"starts: expected (n, {plan.job.layout.size}), got {tuple(starts.shape)}")
-    strategy = strategies_for(plan.job.module, plan.job.layout)[0]
+    job = plan.job
+    if adam_lr is not None:
+        job = replace(job, adam=True, rates=[rate * adam_lr / job.recipe.lr for rate in job.rates])
+    strategy = strategies_for(job.module, job.layout)[0]
     ends = []
     for part in _parts(plan, range(len(starts))):
-        saves = torch.full((len(part), 1), plan.options.steps)
+        points = torch.tensor(saves).expand(len(part), -1)
         vectors = starts[part.start : part.stop].to(plan.device, torch.float32)
-        ends.append(TRAINERS[strategy](plan.job, vectors, plan.order_seeds(part), 1, saves, lambda _: None)[:, 0])
+        ends.append(TRAINERS[strategy](job, vectors, plan.order_seeds(part), 1, points, tick))
     return torch.cat(ends)
 
 
