@@ -11,6 +11,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 SMALL = {
     "generation.py": ["--models", "32", "--steps", "2"],
     "pairs.py": ["--runs", "2", "--checkpoints", "3", "--batch", "4", "--batches", "1"],
+    "novelty.py": ["--checkpoints", "60", "--per-run", "4", "--samples", "3", "--images", "100"],
     "sampling.py": ["--networks", "1", "--steps", "2", "--repeats", "1"],
 }
 

@@ -223,7 +223,7 @@ def _compare(
     networks: Tensor, zoo: Zoo, task: Task, command: NoveltyCommand | SampleCommand | EvalCommand
 ) -> NoveltyReport:
     """The report on networks, with a progress bar."""
-    with tqdm(desc="novelty", unit="checkpoint", disable=command.json, leave=False) as bar:
+    with tqdm(desc="novelty", unit="checkpoint", disable=command.json, leave=False, delay=0.5) as bar:
 
         def advance(done: int, total: int) -> None:
             bar.total = total

@@ -40,6 +40,8 @@ COPY, NEAR, CONTRAST, FALSE_ALARMS = 0.1, 0.5, 0.8, 0.005
 #: Unseen networks of the calibration; those nearest in quality that a network is compared with; networks compared in
 #: pairs, and averaged; lines of the text.
 _UNSEEN, _PEERS, _SOME, _LINES = 64, 8, 32, 12
+#: Weights whose squared distances are finite in float32.
+_LARGEST = 1e15
 
 Verdict = Literal["copy", "near copy", "new"]
 
@@ -243,8 +245,8 @@ def _check(networks: Tensor, zoo: Zoo, task: Task, train: np.ndarray, unseen: np
     if networks.ndim != 2 or not len(networks) or networks.shape[1] != zoo.layout.size:
         shape = tuple(networks.shape)
         raise ValueError(f"{zoo.path}: the zoo holds networks of {zoo.layout.size} weights, got {shape} to compare")
-    if not networks.isfinite().all():
-        raise ValueError("the networks to compare have NaN or infinite weights")
+    if not (networks.abs() < _LARGEST).all():
+        raise ValueError(f"the networks to compare have NaN or infinite weights, or weights beyond {_LARGEST:g}")
     if not len(train):
         raise ValueError(f"{zoo.path}: the zoo has no training runs; there is nothing that could have been copied")
     if not len(unseen):
@@ -335,7 +337,7 @@ def _overlaps(
     peers = gap.argsort(axis=1)[:, : min(_PEERS, len(train) - 1)]  # (n, p)
     unrelated = zoo.params.gather(train[peers].ravel(), np.take_along_axis(best, peers, 1).ravel())
     ours, theirs = (_mistakes(population, part, images, labels) for part in (networks, nearest))
-    others = _mistakes(population, unrelated, images, labels).view(*peers.shape, -1)
+    others = _mistakes(population, unrelated, images, labels).view(*peers.shape, len(labels))
     mean = _jaccard(ours[:, None], others).mean(1).tolist() if peers.shape[1] else [None] * len(networks)
     return _jaccard(ours, theirs).tolist(), mean
 
@@ -347,6 +349,7 @@ def _mistakes(population: Population, vectors: Tensor, images: Tensor, labels: T
             [population(some, x).argmax(2) != y for x, y in zip(images.split(256), labels.split(256), strict=True)], 1
         )
         for some in vectors.split(16)
+        if len(some)
     ]
     return torch.cat([torch.zeros(0, len(labels), dtype=torch.bool), *parts])
 
