@@ -39,7 +39,7 @@ def synthetic_zoo(path: Path, task: Task, runs: int, checkpoints: int, seed: int
                     id=f"run-{run:05d}",
                     params=start * (1 - progress) + 2 * end * progress + noise,
                     steps=np.arange(checkpoints),
-                    metrics={"test_loss": loss},
+                    metrics={task.metric_name: loss},
                 )
             )
         zoo.append(members)

@@ -16,7 +16,7 @@ from zoo_common.zoo import Zoo
 from gpt_diffusion.units import UnitTokens
 
 #: Entries of the table of unit distances that is computed at once, and alignments of one network.
-_TABLE, _ALIGNMENTS = 2**22, 1024
+_TABLE, _ALIGNMENTS = 2**22, 48
 #: Rounding of the bounds, relative to the squared norms.
 _SLACK = 1e-5
 
@@ -48,7 +48,7 @@ def nearest_checkpoints(
     All vectors are brought to their canonical scales. A lower bound of the distance (the dual of the assignment of
     units, after one step of the Hungarian method) orders the checkpoints; they are aligned in this order until no bound
     is below the second best run found. With one hidden layer the result is exact; with more, distances are those of
-    weight matching, upper bounds, and at most 1,024 checkpoints are aligned with each network.
+    weight matching, upper bounds, and at most 48 checkpoints are aligned with each network.
 
     Args:
         networks: Weights (n, D), raw.
