@@ -12,6 +12,7 @@ SMALL = {
     "actors.py": ["--actors", "2", "--envs", "4", "--iterations", "1", "--rounds", "1"],
     "generation.py": ["--models", "32", "--steps", "2"],
     "pairs.py": ["--runs", "2", "--checkpoints", "3", "--batch", "4", "--batches", "1"],
+    "novelty.py": ["--checkpoints", "60", "--per-run", "4", "--samples", "3", "--images", "100"],
     "sampling.py": ["--networks", "1", "--steps", "2", "--repeats", "1"],
 }
 

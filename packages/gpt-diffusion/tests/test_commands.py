@@ -1,19 +1,23 @@
 """The command line: results, one-line errors, nothing left behind."""
 
+import dataclasses
 import json
 import shutil
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
 from gpt_diffusion import load_pretrained, train
 from gpt_diffusion.cli import main
-from gpt_diffusion.evaluation import batched_metric
+from gpt_diffusion.evaluation import batched_metric, mean_and_band
+from gpt_diffusion.prompting import spread_losses
 from safetensors.torch import load_file, save_file
 from support.reliability import assert_same_tensors, flip_bit, truncate
 from torch import nn
 from zoo_common.tasks import Task, get_task
+from zoo_common.zoo import Zoo
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +132,112 @@ def test_eval_prints_alignment_of_both_groups(capsys, trained, tmp_path):
         stored = json.loads(curves.read_text())[group]
         assert stored["prompt_alignment"] == result[group]["prompt_alignment"]
         assert len(stored["one_step"]["observed"][0]) == 1 + 3
-    again = result_of(capsys, "eval", trained)
+    again = result_of(capsys, "eval", trained, "--out", curves)
     assert again == result
+
+
+def test_eval_writes_curves_and_figures_into_the_run_folder(capsys, trained, digits_zoo):
+    result = result_of(capsys, "eval", trained)
+    assert Path(result["curves"]) == trained / "eval.json"
+    assert [Path(file).name for file in result["figures"]] == ["eval-dvo.png", "eval-recursive.png"]
+    assert all(Path(file).read_bytes().startswith(b"\x89PNG") for file in result["figures"])
+    stored = json.loads((trained / "eval.json").read_text())
+    zoo = Zoo.open(digits_zoo)
+    for group, split in (("training_set", "train"), ("test_set", "test")):
+        one_step = stored[group]["one_step"]
+        dvo = stored["figures"][f"dvo_{group}_{group}"]
+        assert dvo["key"] == ["optimal", f"dnn_{group}_0", f"dnn_{group}_1", "identity"]
+        best = zoo.metrics["val_loss"].padded()[zoo.split(split)].min()
+        largest = max(map(max, one_step["desired"]))
+        assert (dvo["x"][0], dvo["y"][0]) == ([0, largest], [pytest.approx(best)] * 2)
+        assert (dvo["x"][2], dvo["y"][2]) == (one_step["desired"][1], one_step["observed"][1][1:])
+        assert dvo["x"][3] == dvo["y"][3] == [0, largest]
+        recursive = stored["figures"][f"recursive_{group}_zero"]
+        assert recursive["key"] == [f"dnn_{group}_0", f"dnn_{group}_1", "optimal"]
+        assert (recursive["x"][0], recursive["x"][2]) == ([0, 1, 2], [0, 3])
+        assert recursive["y"][1] == stored[group]["recursive"]["observed"][1]
+    assert result["novelty"]["counts"].keys() == {"copy", "near copy", "new"}
+    assert "novelty" not in result_of(capsys, "eval", trained, "--no-novelty")
+
+
+def test_bands_are_t_intervals():
+    values = torch.tensor([[1.0, 5.0], [2.0, 5.0], [4.0, 5.0]])
+    mean, band = mean_and_band(values)
+    assert mean.tolist() == pytest.approx([7 / 3, 5])
+    assert band.tolist() == pytest.approx([4.302653 * (7 / 3 / 3) ** 0.5, 0])
+    assert mean_and_band(values[:1])[1].tolist() == [0, 0]
+
+
+def test_eval_takes_prompts_from_the_trajectories(capsys, trained, digits_zoo, tmp_path):
+    out = tmp_path / "curves.json"
+    result_of(capsys, "eval", trained, "--prompts", "trajectory", "--out", out, "--no-novelty", "--figures", "no")
+    assert list(tmp_path.iterdir()) == [out]
+    zoo = Zoo.open(digits_zoo)
+    for group, split in (("training_set", "train"), ("test_set", "test")):
+        losses = torch.from_numpy(zoo.metrics["val_loss"].padded()[zoo.split(split)[:2]])
+        wanted = spread_losses(losses, 3, True)
+        torch.testing.assert_close(
+            torch.tensor(json.loads(out.read_text())[group]["one_step"]["desired"]), wanted.float()
+        )
+
+
+def test_figures_are_an_extra(capsys, monkeypatch, trained, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = tmp_path / "curves.json"
+    assert "pip install 'gpt-diffusion[plot]'" in error_of(capsys, "eval", trained, "--figures", "yes", "--out", out)
+    assert not list(tmp_path.iterdir())
+    result = result_of(capsys, "eval", trained, "--out", out, "--no-novelty")
+    assert "matplotlib is missing" in result["figures"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_eval_against_optimizers(capsys, trained, tmp_path):
+    out = tmp_path / "curves.json"
+    options = ["--against", "sgd,adam", "--against-steps", 60, "--out", out, "--no-novelty"]
+    result = result_of(capsys, "eval", trained, *options)
+    assert (tmp_path / "curves-against.png").read_bytes().startswith(b"\x89PNG")
+    stored = json.loads(out.read_text())
+    for name in ("sgd", "adam"):
+        rival = stored["against"][name]
+        assert rival["limit"] == 60 and len(rival["needed"]) == 2
+        assert rival["mean"][0] == pytest.approx(stored["test_set"]["start_metric"], rel=1e-5)
+        assert rival["mean"][-1] < rival["mean"][0]
+        assert "never reach it" in result["against"][name]["words"]
+    assert "'lion' is unknown; choose from sgd, adam" in error_of(capsys, "eval", trained, "--against", "sgd,lion")
+    assert "--against-steps must be" in error_of(capsys, "eval", trained, *options[:3], 0)
+
+
+def test_sample_says_whether_the_samples_are_new(capsys, trained, digits_zoo, tmp_path):
+    out = tmp_path / "out.safetensors"
+    result = result_of(capsys, "sample", trained, "--prompt", 1.0, "--num", 3, "-o", out)
+    assert sum(result["novelty"]["counts"].values()) == 3
+    assert "novelty" not in result_of(capsys, "sample", trained, "--prompt", 1.0, "-o", out, "--no-novelty")
+    report = result_of(capsys, "novelty", trained, "--num", 3, "--prompt", 1.0)
+    assert report["counts"] == result["novelty"]["counts"]
+    assert [s["metric"] for s in report["samples"]] == pytest.approx(load_metadata(out, 3, capsys, trained))
+    status, text, _ = call(capsys, "novelty", trained, "--samples", out)
+    assert status == 0 and "1 networks" in text
+
+
+def load_metadata(out, num, capsys, trained):
+    """Metrics that sample has noted in its file."""
+    from zoo_common.checkpoint import load_checkpoint
+
+    other = out.with_name("three.safetensors")
+    call(capsys, "sample", trained, "--prompt", 1.0, "--num", num, "-o", other, "--no-novelty")
+    return load_checkpoint(other).metadata["observed"]
+
+
+def test_samples_without_the_training_zoo_are_not_judged(capsys, trained, tmp_path):
+    model = load_pretrained(trained)
+    dataset = dataclasses.replace(model.config.dataset, path=str(tmp_path / "gone"))
+    moved = dataclasses.replace(model, config=dataclasses.replace(model.config, dataset=dataset))
+    moved.save(tmp_path / "model.safetensors")
+    out = tmp_path / "out.safetensors"
+    result = result_of(capsys, "sample", tmp_path / "model.safetensors", "--prompt", 1.0, "-o", out)
+    assert out.exists()
+    assert "not checked: there is no zoo in" in result["novelty"]["verdict"]
+    assert "there is no zoo in" in error_of(capsys, "novelty", tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".mp4"])

@@ -135,7 +135,7 @@ def test_training_leaves_out_what_is_listed(digits_zoo, tmp_path, caplog):
     assert "listed in prepared.json" in caplog.text
     (zoo.path / "prepared.json").write_text("[]")
     with pytest.raises(ValueError, match=r"prepared.json is damaged: no table 'excluded'"):
-        _good_runs(zoo, "val_loss")
+        _good_runs(zoo, DatasetConfig(), "val_loss", "train")
 
 
 def test_the_command(capsys, zoo, tmp_path):

@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # what a type checker sees
     from gpt_diffusion.published import open_runs as open_runs
     from gpt_diffusion.sampling import sample as sample
     from gpt_diffusion.training import train as train
+    from gpt_diffusion.trust import NoveltyReport as NoveltyReport
+    from gpt_diffusion.trust import novelty_report as novelty_report
     from gpt_diffusion.units import UnitModel as UnitModel
     from gpt_diffusion.units import UnitTokens as UnitTokens
 
@@ -41,6 +43,7 @@ _MODULE_OF = {
     "Config": "config",
     "Diffusion": "diffusion",
     "GptModel": "model",
+    "NoveltyReport": "trust",
     "ParameterDataset": "dataset",
     "Pretrained": "pretrained",
     "PublishedDataset": "published",
@@ -58,6 +61,7 @@ _MODULE_OF = {
     "load_config": "config",
     "load_pretrained": "pretrained",
     "nearest_checkpoints": "novelty",
+    "novelty_report": "trust",
     "open_runs": "published",
     "prepare": "preparation",
     "prompt_alignment": "prompting",

@@ -20,7 +20,9 @@ Examples:
   gpt-diffusion train digits_loss train.max_steps=3000    any key of the configuration can be overridden
   gpt-diffusion sample results/digits_loss --prompt 0.1 -o better.safetensors
   gpt-diffusion sample results/digits_loss --start my.safetensors --prompt 0.1 -o better.safetensors
-  gpt-diffusion eval results/digits_loss                  do the samples reach what was asked for?
+  gpt-diffusion eval results/digits_loss --against sgd,adam  do the samples reach what was asked for? curves, figures
+  gpt-diffusion novelty results/digits_loss               are the samples new, or copies of training checkpoints?
+  gpt-diffusion novelty better.safetensors --zoo zoo      the same for networks in a file
   gpt-diffusion walk results/digits_loss -o walk.gif      film the hidden units along a walk through the noise
   gpt-diffusion download cifar10_error.pt                 a released model; `download mnist`: a data set
   gpt-diffusion train mnist_loss_test                     judge the released model, with the published settings
@@ -153,6 +155,8 @@ class SampleCommand:
     """Metric of the start; default: measured on the task's data."""
     recursive: int = 1
     """Prompted steps: more than one feeds samples back as starts."""
+    no_novelty: bool = False
+    """Do not compare the samples with the training checkpoints."""
     seed: int = 0
     """Seed of initialisations and noise."""
     config: str | None = None
@@ -169,7 +173,11 @@ class SampleCommand:
 
 @dataclass(frozen=True)
 class EvalCommand:
-    """Prompt starting networks for a range of metrics; prints prompt alignment and recursive prompting."""
+    """Prompt starting networks for a range of metrics: desired against observed, one step and recursive.
+
+    Prints scores; all curves (eval.json) and figures (eval-dvo.png, eval-recursive.png, eval-against.png) go to the folder
+    of the run. Bands are 95 % intervals of the mean over networks (Student's t).
+    """
 
     model: Positional[Path]
     """Folder of a training run, a model file, a released model (mnist_loss.pt), or owner/name@revision on a hub."""
@@ -177,8 +185,19 @@ class EvalCommand:
     """Take initialisations of its training runs and of its unseen test runs; default: the zoo of the training."""
     networks: int | None = None
     """Networks per group; default: as configured."""
+    prompts: Literal["line", "trajectory"] = "line"
+    """line: evenly spaced from the best prompt to the metric of the start; trajectory: metrics of the run's own training,
+    as evenly spread as its checkpoints allow."""
+    against: str | None = None
+    """Also train the unseen starts with these optimizers (sgd,adam): how many steps do what one prompt does?"""
+    against_steps: int | None = None
+    """Optimizer steps of these trainings; default: the task's."""
     out: Path | None = None
-    """Write all curves to this JSON file."""
+    """JSON file for all curves; figures stand beside it; default: eval.json in the folder of the run."""
+    figures: Literal["auto", "yes", "no"] = "auto"
+    """auto: if matplotlib (extra `plot`) is there."""
+    no_novelty: bool = False
+    """Do not compare the samples with the training checkpoints."""
     seed: int = 0
     """Seed of the noise."""
     config: str | None = None
@@ -191,6 +210,37 @@ class EvalCommand:
     """Folder with the data files of the task."""
     json: bool = False
     """Print one JSON object and no progress bar."""
+
+
+@dataclass(frozen=True)
+class NoveltyCommand:
+    """Are networks new, or copies of training checkpoints: exact, permuted, rescaled, or with noise?
+
+    Each network is compared with its nearest training checkpoint, up to the order and scale of hidden units, and this
+    with what runs look like that the training has not seen.
+    """
+
+    source: Positional[Path]
+    """Model to sample from (folder of a training run, file, or owner/name@revision on a hub), or a safetensors file with
+    one network or several, stacked."""
+    zoo: Path | None = None
+    """Its training runs are what may have been copied; default: the zoo of the model's training."""
+    samples: Path | None = None
+    """Safetensors file with networks to judge, instead of new samples of the model."""
+    num: int = 16
+    """Networks to sample, from random initialisations."""
+    prompt: float | None = None
+    """Metric wanted of them; default: the task's best prompt."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Write the whole report to this JSON file."""
+    seed: int = 0
+    """Seed of initialisations and noise."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to sample."""
+    data_dir: Path | None = None
+    """Folder with the data files of the task."""
+    json: bool = False
+    """Print the whole report as one JSON object and no progress bar."""
 
 
 @dataclass(frozen=True)
@@ -264,6 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": (TrainCommand, _later("train")),
         "sample": (SampleCommand, _later("sample")),
         "eval": (EvalCommand, _later("evaluate")),
+        "novelty": (NoveltyCommand, _later("novelty")),
         "walk": (WalkCommand, _later("walk")),
         "download": (DownloadCommand, _later("download")),
         "import": (ImportCommand, _later("import_runs")),

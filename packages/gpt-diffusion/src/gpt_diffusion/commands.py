@@ -17,19 +17,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
-from zoo_common.checkpoint import save_checkpoint
+from zoo_common.checkpoint import load_checkpoint, save_checkpoint
 from zoo_common.files import write_json
 from zoo_common.formats import detect, open_source
 from zoo_common.formats.convert import convert
 from zoo_common.tasks import Task, get_task
+from zoo_common.zoo import Zoo
 
-from gpt_diffusion import downloads, generation, preparation, training
+from gpt_diffusion import against, downloads, figures, generation, preparation, training
 from gpt_diffusion import walk as walking
 from gpt_diffusion.cli import (
     DownloadCommand,
     EvalCommand,
     GenerateCommand,
     ImportCommand,
+    NoveltyCommand,
     PrepareCommand,
     SampleCommand,
     TrainCommand,
@@ -37,10 +39,12 @@ from gpt_diffusion.cli import (
 )
 from gpt_diffusion.config import Config, config_to_yaml, load_config
 from gpt_diffusion.device import choose_device
-from gpt_diffusion.evaluation import as_sampler, batched_metric
+from gpt_diffusion.evaluation import Evaluation, as_sampler, batched_metric
 from gpt_diffusion.evaluation import evaluate as prompt_and_judge
-from gpt_diffusion.pretrained import Pretrained, load_pretrained
+from gpt_diffusion.pretrained import KIND, Pretrained, load_pretrained
+from gpt_diffusion.prompting import spread_losses
 from gpt_diffusion.published import open_runs, split_runs
+from gpt_diffusion.trust import NoveltyReport, novelty_report
 
 
 def generate(command: GenerateCommand) -> int:
@@ -137,35 +141,234 @@ def sample(command: SampleCommand) -> None:
         "start": observed[0].mean().item(),
         "reached": observed[-1].mean().item(),
     }
+    if not command.no_novelty:
+        result["novelty"] = _novelty_in_short(starts, Path(pretrained.config.dataset.path), task, command)
     _show(result, command.json)
 
 
 def evaluate(command: EvalCommand, config: Config | None = None) -> None:
     """Judge a model by prompting training and unseen initialisations; ``config`` is for a ``.pt`` file."""
+    optimizers = against.check_optimizers(command.against) if command.against else ()
+    if command.against_steps is not None and command.against_steps < 1:
+        raise ValueError(f"--against-steps must be at least 1, got {command.against_steps}")
+    drawing = _can_draw(command.figures)
+    out = _eval_file(command)
     pretrained, task = _open(command.model, command.device, command.data_dir, config or command.config, command.weights)
+    if optimizers and (task.recipe is None or task.splits is None):
+        raise ValueError(f"--against: task {task.name!r} has no training recipe for supervised runs")
     count = command.networks or pretrained.config.vis.num_nets_per_gpu
     if count < 1:
         raise ValueError(f"--networks must be at least 1, got {count}")
     zoo = open_runs(pretrained.config.dataset, command.zoo)
     if zoo.layout.shapes != pretrained.info.layout.shapes:
         raise ValueError(f"{zoo.path}: the zoo holds networks of another layout than the model {command.model}")
-    scores: dict[str, Any] = {}
+    if pretrained.info.metric not in zoo.metrics:
+        raise ValueError(f"{zoo.path}: no metric {pretrained.info.metric!r}; the zoo has {', '.join(zoo.metrics)}")
+    table = torch.from_numpy(zoo.metrics[pretrained.info.metric].padded())
+    judged, optima = {}, {}
     for group, split in (("training_set", "train"), ("test_set", "test")):
-        runs = split_runs(zoo, pretrained.config.dataset, split)[:count]
-        if not len(runs):
+        every = split_runs(zoo, pretrained.config.dataset, split)
+        if not len(every):
             raise ValueError(f"{zoo.path}: the zoo has no run in its {split} split")
+        optima[group] = _best(table[every], task).item()
+        runs = every[:count]
+        prompts = _trajectory_prompts(table[runs], pretrained, task) if command.prompts == "trajectory" else None
         starts = zoo.params.gather(runs, np.zeros_like(runs))
         calls = 1 + pretrained.config.vis.recursive_steps
         with _progress(pretrained.config, calls, command.json, group) as progress:
-            judged = prompt_and_judge(pretrained, task, starts, seed=command.seed, progress=progress)
-        scores[group] = judged.to_json()
-    if command.out is not None:
-        write_json(command.out, scores)
-    summary = {
+            judged[group] = prompt_and_judge(
+                pretrained, task, starts, prompts=prompts, seed=command.seed, progress=progress
+            )
+    scores: dict[str, Any] = {group: evaluation.to_json() for group, evaluation in judged.items()}
+    summary: dict[str, Any] = {
         group: {key: value for key, value in score.items() if not isinstance(value, dict)}
         for group, score in scores.items()
     }
+    rivals = _rivals(optimizers, command, pretrained, task, zoo, starts, judged["test_set"]) if optimizers else []
+    if rivals:
+        scores["against"] = {rival.optimizer: rival.to_json() for rival in rivals}
+        summary["against"] = {
+            rival.optimizer: {"median_steps": rival.median, "interval": rival.interval, "words": rival.words}
+            for rival in rivals
+        }
+    if not command.no_novelty:
+        summary["novelty"] = _novelty_in_short(judged["test_set"].samples, zoo.path, task, command)
+        scores["novelty"] = summary["novelty"]
+    scores["figures"] = {
+        name: lines
+        for group, evaluation in judged.items()
+        for name, lines in zip(
+            (f"dvo_{group}_{group}", f"recursive_{group}_zero"),
+            evaluation.series(group, optima[group]).values(),
+            strict=True,
+        )
+    }
+    if out is not None:
+        write_json(out, scores)
+        summary["curves"] = str(out)
+    if out is not None and drawing:
+        stem, metric = out.with_suffix(""), pretrained.info.metric
+        files = figures.draw_evaluation(judged, optima, metric, stem)
+        files += [figures.draw_rivals(judged["test_set"], rivals, metric, stem)] if rivals else []
+        summary["figures"] = [str(file) for file in files]
+    elif command.figures == "auto" and out is not None:
+        summary["figures"] = "none: matplotlib is missing (pip install 'gpt-diffusion[plot]')"
     _show(summary, command.json)
+
+
+def novelty(command: NoveltyCommand) -> None:
+    """Tell copies of training checkpoints from new networks."""
+    if command.num < 1:
+        raise ValueError(f"--num must be at least 1, got {command.num}")
+    if command.prompt is not None and not math.isfinite(command.prompt):
+        raise ValueError(f"--prompt must be a finite number, got {command.prompt}")
+    if command.out is not None and not command.out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {command.out}: the folder {command.out.absolute().parent} does not exist")
+    given = command.source if _is_weights(command.source) else command.samples
+    if given is command.source and command.samples is not None:
+        raise ValueError(f"{command.source} holds networks, not a model; give one of it and --samples")
+    if given is command.source:
+        if command.zoo is None:
+            raise ValueError(f"{given} holds networks; say with --zoo which runs they may be copies of")
+        zoo = Zoo.open(command.zoo)
+        if zoo.task is None:
+            raise ValueError(f"{zoo.path}: the zoo does not say its task; give a model and --samples {given}")
+        task, pretrained = get_task(zoo.task, command.data_dir), None
+    else:
+        pretrained, task = _open(command.source, command.device, command.data_dir)
+        zoo = Zoo.open(command.zoo or pretrained.config.dataset.path)
+        if zoo.layout.shapes != pretrained.info.layout.shapes:
+            raise ValueError(f"{zoo.path}: the zoo holds networks of another layout than the model {command.source}")
+    if given is not None:
+        networks = _read_networks(given, zoo)
+    else:
+        assert pretrained is not None, "without a file there is a model"
+        starts = _starts(None, command.num, command.seed, pretrained, task)
+        metrics = batched_metric(task, pretrained.device)(starts)
+        prompt = task.best_prompt if command.prompt is None else command.prompt
+        with _progress(pretrained.config, 1, command.json) as progress:
+            networks = as_sampler(pretrained, command.seed, progress)(torch.full_like(metrics, prompt), metrics, starts)
+    report = _compare(networks, zoo, task, command)
+    if command.out is not None:
+        write_json(command.out, report.to_json())
+    print(json.dumps(report.to_json()) if command.json else report.text())
+
+
+def _compare(
+    networks: Tensor, zoo: Zoo, task: Task, command: NoveltyCommand | SampleCommand | EvalCommand
+) -> NoveltyReport:
+    """The report on networks, with a progress bar."""
+    with tqdm(desc="novelty", unit="checkpoint", disable=command.json, leave=False, delay=0.5) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return novelty_report(networks, zoo, task, seed=command.seed, progress=advance)
+
+
+def _novelty_in_short(networks: Tensor, zoo: Path, task: Task, command: SampleCommand | EvalCommand) -> dict[str, Any]:
+    """The report without its samples, or why there is none."""
+    try:
+        return _compare(networks, Zoo.open(zoo), task, command).summary()
+    except (ValueError, FileNotFoundError) as error:
+        return {"verdict": f"not checked: {error}"}
+
+
+def _is_weights(path: Path) -> bool:
+    """Whether a file holds networks instead of a model."""
+    if not path.is_file():
+        return False
+    try:
+        return load_checkpoint(path).metadata.get("kind") != KIND
+    except ValueError:
+        return True
+
+
+def _read_networks(path: Path, zoo: Zoo) -> Tensor:
+    """Networks (n, D) of a safetensors file: one state dict, or stacked tensors."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        networks = zoo.layout.flatten(load_file(path))
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not networks like those of {zoo.path}: {error}") from None
+    return networks.float().view(-1, zoo.layout.size)
+
+
+def _can_draw(wanted: str) -> bool:
+    try:
+        if wanted != "no":
+            figures.check_matplotlib()
+        return wanted != "no"
+    except ImportError:
+        if wanted == "yes":
+            raise
+        return False
+
+
+def _eval_file(command: EvalCommand) -> Path | None:
+    """Where the curves go; None for a model on a hub without --out. Fails before the work if it cannot be written."""
+    path, model = command.out, command.model
+    if path is None and model.exists():
+        path = (model if model.is_dir() else model.parent) / "eval.json"
+    if path is None:
+        return None
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--out {path}: the folder {folder} does not exist")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} is not writable: say with --out where the curves go")
+    return path
+
+
+def _best(metrics: Tensor, task: Task) -> Tensor:
+    """Best metric; the entries that a run does not have are NaN."""
+    known = metrics[metrics.isfinite()]
+    return known.min() if task.minimize else known.max()
+
+
+def _trajectory_prompts(metrics: Tensor, pretrained: Pretrained, task: Task) -> Tensor:
+    """Prompts (n, k) from the recorded metrics of runs, the first checkpoint's first."""
+    rows = [row[row.isfinite()] for row in metrics]
+    steps = pretrained.config.vis.dvo_steps
+    return torch.cat([spread_losses(row[None], steps, task.minimize) for row in rows])
+
+
+def _rivals(
+    optimizers: tuple[str, ...],
+    command: EvalCommand,
+    pretrained: Pretrained,
+    task: Task,
+    zoo: Zoo,
+    starts: Tensor,
+    judged: Evaluation,
+) -> list[against.Rival]:
+    """Train the starts of the unseen runs with each optimizer."""
+    judges = zoo.split("validation")[: against.JUDGES]
+    if "adam" in optimizers and not len(judges):
+        raise ValueError(f"{zoo.path}: the zoo has no validation run to choose the learning rate of adam with")
+    assert task.recipe is not None and task.splits is not None, "checked before"
+    steps = command.against_steps or task.recipe.total_steps(len(task.splits().train.images))
+    total = against.model_steps(optimizers, len(starts), len(judges), steps)
+    with tqdm(total=total, desc="against", unit="step", unit_scale=True, disable=command.json, leave=False) as bar:
+        return [
+            against.hold_against(
+                name,
+                task,
+                starts,
+                judged.reached,
+                zoo.params.gather(judges, np.zeros_like(judges)),
+                batched_metric(task, torch.device("cpu")),
+                seed=command.seed,
+                steps=steps,
+                device=command.device,
+                tick=bar.update,
+            )
+            for name in optimizers
+        ]
 
 
 def walk(command: WalkCommand) -> None:

@@ -4,7 +4,7 @@ Shapes: ``n`` starting networks, ``k`` prompts, ``D`` weights.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,23 +35,69 @@ class Evaluation:
     recursive: PromptCurves
     shuffled_alignment: float
     """Alignment of the same samples with each network's prompts in another order: the control."""
+    samples: Tensor
+    """Networks (n, D), raw, sampled in one step for the best prompt of each row."""
+    reached: Tensor
+    """Their metric (n,)."""
 
     @property
     def alignment(self) -> float:
         """Prompt alignment, 1 is perfect."""
         return _alignment(self.one_step.desired, self.one_step.observed[:, 1:])
 
+    def series(self, tag: str, optimum: float) -> dict[str, dict[str, list[Any]]]:
+        """The lines of the published figure files: ``x``, ``y`` and ``key`` (name) of each line.
+
+        Args:
+            tag: Name of the group, part of the names of its networks: ``dnn_<tag>_<i>``.
+            optimum: Best metric of the runs of this split.
+        """
+        prompts, largest = self.one_step.desired.tolist(), self.one_step.desired.max().item()
+        dvo = [("optimal", [0.0, largest], [optimum] * 2)]
+        dvo += [
+            (f"dnn_{tag}_{i}", x, y)
+            for i, (x, y) in enumerate(zip(prompts, self.one_step.observed[:, 1:].tolist(), strict=True))
+        ]
+        dvo += [("identity", [0.0, largest], [0.0, largest])]
+        points = self.recursive.observed.shape[1]
+        steps = [float(step) for step in range(points)]
+        recursive = [(f"dnn_{tag}_{i}", steps, y) for i, y in enumerate(self.recursive.observed.tolist())]
+        recursive += [("optimal", [0.0, float(points)], [optimum] * 2)]
+        return {"dvo": _columns(dvo), "recursive": _columns(recursive)}
+
     def to_json(self) -> dict[str, Any]:
-        """Scores and curves as plain values."""
+        """Scores and curves as plain values; bands are the half widths of :func:`mean_and_band`."""
+        bands = {name: mean_and_band(curves.observed) for name, curves in self._curves.items()}
         return {
             "prompt_alignment": self.alignment,
             "shuffled_prompt_alignment": self.shuffled_alignment,
             "networks": len(self.one_step.desired),
             "start_metric": self.one_step.observed[:, 0].mean().item(),
             "recursive_metric": self.recursive.observed.mean(0).tolist(),
-            "one_step": {name: getattr(self.one_step, name).tolist() for name in PromptCurves._fields},
-            "recursive": {name: getattr(self.recursive, name).tolist() for name in PromptCurves._fields},
+            **{
+                name: {
+                    **{field: getattr(curves, field).tolist() for field in PromptCurves._fields},
+                    "mean": bands[name][0].tolist(),
+                    "band": bands[name][1].tolist(),
+                    "deviation": curves.observed.double().std(0, correction=min(1, len(curves.observed) - 1)).tolist(),
+                }
+                for name, curves in self._curves.items()
+            },
         }
+
+    @property
+    def _curves(self) -> dict[str, PromptCurves]:
+        return {"one_step": self.one_step, "recursive": self.recursive}
+
+
+def mean_and_band(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over networks of values (n, k), and half width of its 95 % interval (Student's t; 0 for one network)."""
+    from scipy.stats import t as student
+
+    values, n = values.double(), len(values)
+    if n < 2:
+        return values.mean(0), torch.zeros(values.shape[1:], dtype=torch.float64)
+    return values.mean(0), float(student.ppf(0.975, n - 1)) * values.std(0) / n**0.5
 
 
 def evaluate(
@@ -59,27 +105,46 @@ def evaluate(
     task: Task,
     starts: Tensor,
     *,
+    prompts: Tensor | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """One-step and recursive prompting of starting networks (n, D), raw weights, with the settings of the model.
+
+    Args:
+        pretrained: The model.
+        task: Of the networks.
+        starts: Weights (n, D), raw.
+        prompts: Prompts (n, k) of the one-step curve, the metric of the start first; default: a line from the best
+            prompt to the metric of the start.
+        seed: Of the noise.
+        progress: Called at every denoising step.
 
     Raises:
         ValueError: Starts of another layout or with non-finite values.
     """
     metric = batched_metric(task, pretrained.device)
     sampler = as_sampler(pretrained, seed, progress)
+    drawn: list[Tensor] = []
+
+    def recorded(targets: Tensor, metrics: Tensor, given: Tensor) -> Tensor:
+        drawn.append(sampler(targets, metrics, given))
+        return drawn[-1]
+
     starts = starts.to(pretrained.device)
     vis = pretrained.config.vis
     one_step = one_step_prompting(
-        sampler,
+        recorded,
         metric,
         starts,
         minimize=task.minimize,
         best_prompt=task.best_prompt,
         prompt_start_coeff=vis.prompt_start_coeff,
         steps=vis.dvo_steps,
+        prompts=None if prompts is None else prompts.to(pretrained.device, torch.float32),
     )
+    (networks,) = drawn
+
     recursive = recursive_prompting(
         sampler,
         metric,
@@ -89,9 +154,12 @@ def evaluate(
         recursive_prompt=task.recursive_prompt,
         steps=vis.recursive_steps,
     )
-    order = torch.randperm(vis.dvo_steps, generator=torch.Generator().manual_seed(seed)).to(starts.device)
+    order = torch.randperm(one_step.desired.shape[1], generator=torch.Generator().manual_seed(seed)).to(starts.device)
     shuffled = _alignment(one_step.desired[:, order], one_step.observed[:, 1:])
-    return Evaluation(one_step, recursive, shuffled)
+    best = one_step.desired.argmin(1) if task.minimize else one_step.desired.argmax(1)
+    rows = torch.arange(len(best), device=best.device)
+    samples = networks.view(*one_step.desired.shape, -1)[rows, best]
+    return Evaluation(one_step, recursive, shuffled, samples.cpu(), one_step.observed[rows, 1 + best].cpu())
 
 
 def as_sampler(pretrained: Pretrained, seed: int, progress: Callable[[int, int], None] | None = None) -> Sampler:
@@ -130,3 +198,8 @@ def batched_metric(task: Task, device: torch.device) -> MetricFn:
 
 def _alignment(desired: Tensor, observed: Tensor) -> float:
     return prompt_alignment(desired, observed).mean().item()
+
+
+def _columns(lines: Sequence[tuple[str, list[float], list[float]]]) -> dict[str, list[Any]]:
+    """Lines as the published files have them."""
+    return {"x": [x for _, x, _ in lines], "y": [y for _, _, y in lines], "key": [key for key, _, _ in lines]}

@@ -186,16 +186,52 @@ def train_from(task: Task, starts: Tensor, *, seed: int, steps: int | None = Non
     Raises:
         ValueError: The starts are of another layout.
     """
+    total = prepare(task, Request(len(starts), seed, steps=steps, device=device)).options.steps
+    return trajectories_from(task, starts, [total], seed=seed, steps=steps, device=device)[:, 0]
+
+
+def trajectories_from(
+    task: Task,
+    starts: Tensor,
+    saves: Sequence[int],
+    *,
+    seed: int,
+    steps: int | None = None,
+    adam_lr: float | None = None,
+    device: str = "auto",
+    tick: Callable[[int], object] = lambda _: None,
+) -> Tensor:
+    """Train as :func:`train_from` does, and keep the weights after ``saves`` optimizer steps.
+
+    Args:
+        task: A supervised task.
+        starts: Weights to start from, (n, d).
+        saves: Optimizer steps (c,); 0 is the start.
+        seed: Of the data orders.
+        steps: Optimizer steps; default: the task's. The learning rate is annealed over them.
+        adam_lr: Train with Adam and this learning rate, annealed alike, instead of the task's SGD.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        tick: Called with the number of model-steps done since the last call.
+
+    Returns:
+        The weights (n, c, d) float32, on the CPU.
+
+    Raises:
+        ValueError: The starts are of another layout.
+    """
     work = prepare(task, Request(len(starts), seed, steps=steps, device=device))
     if starts.ndim != 2 or starts.shape[1] != work.layout.size:
         raise ValueError(f"starts: expected (n, {work.layout.size}), got {tuple(starts.shape)}")
-    strategy = strategies_for(work.job.module, work.layout)[0]
-    ends = []
+    job = work.job
+    if adam_lr is not None:
+        job = replace(job, adam=True, rates=[rate * adam_lr / job.recipe.lr for rate in job.rates])
+    strategy = strategies_for(job.module, job.layout)[0]
+    found = []
     for part in work.stacks(range(len(starts))):
-        saves = torch.full((len(part), 1), work.options.steps)
+        points = torch.tensor(saves).expand(len(part), -1)
         vectors = starts[part.start : part.stop].to(work.device, torch.float32)
-        ends.append(TRAINERS[strategy](work.job, vectors, work.order_seeds(part), 1, saves, lambda _: None)[:, 0])
-    return torch.cat(ends)
+        found.append(TRAINERS[strategy](job, vectors, work.order_seeds(part), 1, points, tick))
+    return torch.cat(found)
 
 
 def _whole_groups(work: Supervised, strategy: str, runs: range) -> range:

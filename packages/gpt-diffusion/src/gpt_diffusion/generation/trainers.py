@@ -31,6 +31,7 @@ class Job:
     images: Tensor  # (n_train, ...)
     labels: Tensor  # (n_train,) int64
     rates: Sequence[float]  # learning rate of every step
+    adam: bool = False  # instead of the recipe's SGD
 
     def batches(self, seeds: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the orders with these seeds."""
@@ -38,9 +39,11 @@ class Job:
         orders = Batches(self.images, self.labels, seeds, batch=recipe.batch, augmentation=recipe.augmentation)
         return iter(orders)
 
-    def optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.SGD:
-        """The recipe's SGD; the learning rate is set before every step."""
+    def optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """The recipe's SGD, or Adam; the learning rate is set before every step."""
         recipe = self.recipe
+        if self.adam:
+            return torch.optim.Adam(parameters, lr=recipe.lr, fused=True)
         return torch.optim.SGD(
             parameters,
             lr=recipe.lr,
