@@ -36,7 +36,7 @@ from gpt_diffusion.evaluation import batched_metric
 from gpt_diffusion.novelty import Nearest, aligned_distances, nearest_checkpoints
 
 #: Limits of the verdicts, see above.
-COPY, NEAR, CONTRAST, FALSE_ALARMS = 0.1, 0.5, 0.8, 0.005
+COPY, NEAR, CONTRAST, FALSE_ALARMS = 0.1, 0.5, 0.7, 0.005
 #: Unseen networks of the calibration; those nearest in quality that a network is compared with; networks compared in
 #: pairs, and averaged; lines of the text.
 _UNSEEN, _PEERS, _SOME, _LINES = 64, 8, 32, 12
