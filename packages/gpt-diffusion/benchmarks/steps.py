@@ -20,10 +20,7 @@ from gpt_diffusion.evaluation import batched_metric
 from zoo_common.tasks import get_task
 from zoo_common.zoo import Zoo
 
-SAMPLERS = {
-    "diffusion": [("ddpm", 1000), ("ddim", 1000), *(("ddim", steps) for steps in (200, 50, 20, 10, 5, 2))],
-    "flow": [("ddpm", steps) for steps in (1000, 200, 50, 20, 10, 5, 2)],
-}
+STEPS = [1000, 200, 50, 20, 10, 5, 2]
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -33,17 +30,18 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
-def rows(folder: Path, networks: int, data_dir: Path | None) -> list[dict[str, object]]:
-    """One row for each sampler."""
+def rows(folder: Path, networks: int, counts: list[int], data_dir: Path | None) -> dict[str, dict[str, object]]:
+    """One row for each sampler, by its name and number of steps."""
     pretrained = load_pretrained(folder)
     task = get_task(pretrained.config.dataset.name, data_dir)
     zoo = Zoo.open(pretrained.config.dataset.path)
     runs = zoo.split("test")[:networks]
     starts = zoo.params.gather(runs, np.zeros_like(runs))
     measure = batched_metric(task, pretrained.device)
-    before, found = measure(starts), []
-    objective = pretrained.config.train.objective
-    for sampler, steps in SAMPLERS[objective]:
+    before = measure(starts)
+    flow = pretrained.config.train.objective == "flow"
+    found: dict[str, dict[str, object]] = {}
+    for sampler, steps in [*([] if flow else [("ddpm", counts[0])]), *(("ddim", count) for count in counts)]:
         sampling = replace(pretrained.config.sampling, sampler=sampler, steps=steps)
         model = replace(pretrained, config=replace(pretrained.config, sampling=sampling))
         began = time.perf_counter()
@@ -51,11 +49,10 @@ def rows(folder: Path, networks: int, data_dir: Path | None) -> list[dict[str, o
         seconds = time.perf_counter() - began
         values = measure(samples).double().cpu().numpy()
         low, high = interval(values)
-        name = "euler" if objective == "flow" else sampler
-        first = found[0] if found else {"low": low, "high": high}
-        inside = bool(first["low"] <= values.mean() <= first["high"])
-        row = {"run": folder.name, "sampler": name, "steps": steps, "mean": values.mean(), "low": low, "high": high}
-        found.append(row | {"inside": inside, "seconds": seconds, "start": before.mean().item()})
+        row = {"mean": values.mean(), "low": low, "high": high, "seconds": seconds, "start": before.mean().item()}
+        first = next(iter(found.values()), row)
+        row["inside"] = str(first["low"] <= values.mean() <= first["high"])
+        found[f"{'euler' if flow else sampler} {steps}"] = row
     return found
 
 
@@ -64,19 +61,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--networks", type=int, default=64)
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="numbers of steps, the reference first")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
-    table = [row for folder in options.runs for row in rows(folder, options.networks, options.data_dir)]
+    table = {folder.name: rows(folder, options.networks, options.steps, options.data_dir) for folder in options.runs}
     if options.json:
         print(json.dumps(table))
         return
-    for row in table:
-        print(
-            f"{row['run']:16} {row['sampler']:6} {row['steps']:5}  {row['mean']:.4f} "
-            f"[{row['low']:.4f}, {row['high']:.4f}]  {'inside' if row['inside'] else 'outside':8} {row['seconds']:7.2f} s"
-        )
+    for run, found in table.items():
+        for name, row in found.items():
+            print(
+                f"{run:16} {name:12} {row['mean']:.4f} [{row['low']:.4f}, {row['high']:.4f}]  inside: {row['inside']:6}"
+                f"{row['seconds']:7.2f} s"
+            )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,16 @@ SMALL = {
     "pairs.py": ["--runs", "2", "--checkpoints", "3", "--batch", "4", "--batches", "1"],
     "novelty.py": ["--checkpoints", "60", "--per-run", "4", "--samples", "3", "--images", "100"],
     "sampling.py": ["--networks", "1", "--steps", "2", "--repeats", "1"],
+    "steps.py": ["--networks", "2", "--steps", "3", "2"],
 }
+
+
+@pytest.fixture
+def run_folder(tiny_config):
+    """A finished training."""
+    from gpt_diffusion import train
+
+    return train(tiny_config(), quiet=True).folder
 
 
 def numbers(value):
@@ -25,8 +34,9 @@ def numbers(value):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", sorted(path.name for path in FOLDER.glob("*.py")))
-def test_benchmark_runs_and_prints_one_json_object_last(script):
+def test_benchmark_runs_and_prints_one_json_object_last(script, run_folder):
     command = [sys.executable, FOLDER / script, *SMALL[script], "--json"]
+    command += ["--", run_folder] if script == "steps.py" else []
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     found = numbers(json.loads(result.stdout.splitlines()[-1]))
