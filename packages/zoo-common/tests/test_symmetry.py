@@ -183,8 +183,12 @@ def test_a_wrong_group_does_not_pass_the_proof(monkeypatch):
     """A layer that treats every unit in its own way, claimed to be element-wise."""
 
     class PerUnit(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("factors", torch.arange(1.0, 7.0), persistent=False)
+
         def forward(self, x):
-            return x * torch.arange(1.0, 7.0, dtype=x.dtype, device=x.device)
+            return x * self.factors
 
     net = nn.Sequential(nn.Linear(4, 6), PerUnit(), nn.Linear(6, 2))
     assert not Symmetry.from_module(net, torch.randn(2, 4)).groups
