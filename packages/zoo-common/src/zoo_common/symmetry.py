@@ -92,27 +92,45 @@ class Symmetry:
                 raise ValueError(
                     f"group {group.name!r}: permutations must be {(len(vectors), group.size)}, got {tuple(permutation.shape)}"
                 )
-        out = torch.empty_like(vectors)
-        step = max(1, _CACHED // self.layout.size)
-        for i in range(0, len(vectors), step):
-            self._apply(vectors[i : i + step], [p[i : i + step] for p in permutations], out[i : i + step])
-        return out
-
-    def _apply(self, vectors: Tensor, permutations: Sequence[Tensor], out: Tensor) -> None:
+        out, n = torch.empty_like(vectors), len(vectors)
+        rooms = [] if vectors.requires_grad else list(vectors.new_empty(2, self._room(n)))
         indices: dict[tuple[tuple[int, int], ...], Tensor] = {}
         for spec in self.layout.tensors:
             span, shape = self.layout.slices[spec.name], spec.shape
-            values = vectors[:, span]
-            for axis, members in self.moves.get(spec.name, {}).items():
-                g, entry = members[0]
-                if len(members) == 1 and entry.block:
-                    values = _permute_axis(values, shape, axis, entry.block, permutations[g])
-                    continue
-                key = tuple((g, id(entry.positions)) for g, entry in members)
-                if key not in indices:
-                    indices[key] = axis_index(members, shape[axis], permutations)
-                values = _permute_axis(values, shape, axis, 1, indices[key])
-            out[:, span] = values
+            steps = self._steps(spec.name, shape, permutations, indices)
+            rows = max(1, _CACHED // math.prod(shape) if steps else n)
+            for i in range(0, n, rows):
+                values = vectors[i : i + rows, span]
+                for k, (axis, block, order) in enumerate(steps):
+                    room = rooms[k % 2] if rooms else None
+                    values = _permute_axis(values, shape, axis, block, order[i : i + rows], room)
+                out[i : i + rows, span] = values
+        return out
+
+    def _room(self, n: int) -> int:
+        """Numbers that one chunk of :meth:`apply` holds at most."""
+        largest = max((math.prod(shape) for shape in self.layout.shapes), default=0)
+        return min(n * largest, max(_CACHED, largest))
+
+    def _steps(
+        self,
+        tensor: str,
+        shape: Sequence[int],
+        permutations: Sequence[Tensor],
+        indices: dict[tuple[tuple[int, int], ...], Tensor],
+    ) -> list[tuple[int, int, Tensor]]:
+        """What moves in a tensor: axis, size of the blocks that move, and their order (n, blocks)."""
+        steps = []
+        for axis, members in self.moves.get(tensor, {}).items():
+            g, entry = members[0]
+            if len(members) == 1 and entry.block:
+                steps.append((axis, entry.block, permutations[g]))
+                continue
+            key = tuple((g, id(entry.positions)) for g, entry in members)
+            if key not in indices:
+                indices[key] = axis_index(members, shape[axis], permutations)
+            steps.append((axis, 1, indices[key]))
+        return steps
 
     def permute(self, vectors: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Permute the hidden units of each network of ``vectors`` (n, d) independently; functions stay the same."""
@@ -220,17 +238,23 @@ class Symmetry:
         return moves
 
 
-def _permute_axis(values: Tensor, shape: Sequence[int], axis: int, block: int, permutation: Tensor) -> Tensor:
+def _permute_axis(
+    values: Tensor, shape: Sequence[int], axis: int, block: int, permutation: Tensor, room: Tensor | None
+) -> Tensor:
     """Permute one axis of n stacked tensors, (n, prod(shape)) -> the same, with a permutation (n, s) for each."""
     n, size = permutation.shape
     before, after = math.prod(shape[:axis]), block * math.prod(shape[axis + 1 :])
+    out = None if room is None else room[: values.numel()]
     if after > 1:  # copies of whole rows, wherever they start
         first = torch.arange(n, device=values.device).mul(values.stride(0))[:, None, None]
         first = first + torch.arange(before, device=values.device).mul(size * after)[:, None]
         starts = (first + permutation[:, None] * after).flatten()
-        return values.as_strided((int(starts.max()) + 1, after), (1, 1)).index_select(0, starts).view(n, -1)
-    where = permutation[:, None, :, None].expand(n, before, size, after)  # a view, no index in memory
-    return values.reshape(n, before, size, after).gather(2, where).view(n, -1)
+        last = (n - 1) * values.stride(0) + (before * size - 1) * after  # where the last row of all starts
+        rows = values.as_strided((last + 1, after), (1, 1))
+        return torch.index_select(rows, 0, starts, out=None if out is None else out.view(-1, after)).view(n, -1)
+    where = permutation[:, None].expand(n, before, size)  # a view, no index in memory
+    out = None if out is None else out.view(where.shape)
+    return torch.gather(values.reshape(where.shape), 2, where, out=out).view(n, -1)
 
 
 class _Proof:
