@@ -78,9 +78,9 @@ class Unseen:
     zoo: Zoo
     starts: Tensor  # (n, D)
     ends: Tensor  # (n, D), after the run's own SGD
-    losses: Tensor  # (n,), of the starts, on the validation digits
-    loss: Callable[[Tensor], Tensor]  # (m,), on the validation digits
-    accuracy: Callable[[Tensor], Tensor]  # (m,), on the test digits
+    metrics: Tensor  # (n,), of the starts
+    metric: Callable[[Tensor], Tensor]  # (m,), what prompts mean: here the loss on the validation digits
+    score: Callable[[Tensor], Tensor]  # (m,), what is reported: here the accuracy on the test digits
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,11 @@ class Row:
     """One line of the table; None where a column has no meaning."""
 
     name: str
-    accuracy: float
+    score: float
     interval: float | None = None
-    """Half width of the 95 % interval of the mean accuracy over networks."""
+    """Half width of the 95 % interval of the mean score over networks."""
     alignment: float | None = None
+    alignment_interval: float | None = None
     shuffled_alignment: float | None = None
     own_rate: float | None = None
     """How often the update has its largest cosine with the update of its own SGD run."""
@@ -106,7 +107,8 @@ class Prompted:
     rows: list[Row]
     curves: PromptCurves
     samples: Tensor  # (seeds, n, D), of one prompted step
-    shuffled_prompt_accuracy: float
+    shuffled_prompt_score: float
+    scores: list[float]  # of the starts, and after each prompted step
 
 
 def main() -> int:
@@ -140,9 +142,9 @@ def quickstart(config: Quickstart, folder: Path) -> dict[str, Any]:
     unseen = look_at(Zoo.open(folder / "zoo"), task, config.networks)
     again = train_from(task, unseen.starts, seed=config.seed + 1)
     rows = [
-        row("random initialisation", unseen.accuracy(unseen.starts)),
-        row("SGD, their own runs", unseen.accuracy(unseen.ends), own=(1.0, 1.0)),
-        row("SGD, same starts, other data order", unseen.accuracy(again), own=own_update(again, unseen)),
+        row("random initialisation", unseen.score(unseen.starts)),
+        row("SGD, their own runs", unseen.score(unseen.ends), own=(1.0, 1.0)),
+        row("SGD, same starts, other data order", unseen.score(again), own=own_update(again, unseen)),
     ]
     say(f"2/3  {len(MODELS)} models learn from {len(unseen.zoo.split('train'))} of the runs, {config.steps} steps each")
     results = {name: fit_and_prompt(name, title, changes, unseen, config, folder) for name, title, changes in MODELS}
@@ -151,18 +153,20 @@ def quickstart(config: Quickstart, folder: Path) -> dict[str, Any]:
     others = rivals(unseen, main_result.curves.desired, config.seed)
     novelty = how_new(main_result.samples, unseen)
     table = rows + [r for result in results.values() for r in result.rows] + others
-    print_table(table, main_result, novelty)
-    plot(table, {title: results[name].curves for name, title, _ in MODELS}, config.out)
+    print_rows(table, "test accuracy")
+    explain(main_result, novelty)
+    curves = {title: results[name].curves for name, title, _ in MODELS}
+    plot(table, curves, config.out, "accuracy on the test digits", "validation loss")
     one_step, recursive = main_result.rows
     return {
-        "random_accuracy": rows[0].accuracy,
-        "one_step_accuracy": one_step.accuracy,
-        "recursive_accuracy": recursive.accuracy,
-        "sgd_accuracy": rows[1].accuracy,
-        "line_to_mean_accuracy": next(r.accuracy for r in others if "line" in r.name),
+        "random_accuracy": rows[0].score,
+        "one_step_accuracy": one_step.score,
+        "recursive_accuracy": recursive.score,
+        "sgd_accuracy": rows[1].score,
+        "line_to_mean_accuracy": next(r.score for r in others if "line" in r.name),
         "prompt_alignment": one_step.alignment,
         "shuffled_prompt_alignment": one_step.shuffled_alignment,
-        "shuffled_prompt_accuracy": main_result.shuffled_prompt_accuracy,
+        "shuffled_prompt_accuracy": main_result.shuffled_prompt_score,
         "own_endpoint_rate": one_step.own_rate,
         "own_endpoint_cosine": one_step.cosine,
         "own_endpoint_cosine_ceiling": rows[2].cosine,
@@ -174,18 +178,29 @@ def quickstart(config: Quickstart, folder: Path) -> dict[str, Any]:
 
 
 def look_at(zoo: Zoo, task: Task, networks: int) -> Unseen:
-    """The first runs of the test split."""
-    runs = zoo.split("test")[:networks]
-    if len(runs) < networks or not len(zoo.split("validation")):
-        raise ValueError(f"--networks {networks}: the zoo has {len(runs)} unseen runs; ask for more --runs")
+    """The first runs of the test split, and image classifiers' losses and accuracies."""
     population, splits = Population(task.constructor()), task.splits()
 
     def measure(kind: str, part: Any) -> Callable[[Tensor], Tensor]:  # noqa: ANN401 (a part of the data)
         return lambda weights: getattr(population.metrics(weights, part.images, part.labels), kind).float()
 
     loss, accuracy = measure("loss", splits.validation), measure("accuracy", splits.test)
-    starts, ends = (zoo.params.gather(runs, np.full_like(runs, checkpoint)) for checkpoint in (0, -1))
+    starts, ends = unseen_weights(zoo, networks)
     return Unseen(task, zoo, starts, ends, loss(starts), loss, accuracy)
+
+
+def unseen_weights(zoo: Zoo, networks: int) -> tuple[Tensor, Tensor]:
+    """First and last weights (n, D) of the first runs of the test split."""
+    runs = zoo.split("test")[:networks]
+    if len(runs) < networks or not len(zoo.split("validation")):
+        raise ValueError(f"--networks {networks}: the zoo has {len(runs)} unseen runs; ask for more --runs")
+    return ends_of(zoo, runs)
+
+
+def ends_of(zoo: Zoo, runs: np.ndarray) -> tuple[Tensor, Tensor]:
+    """First and last weights (n, D) of some runs."""
+    starts, ends = (zoo.params.gather(runs, np.full_like(runs, checkpoint)) for checkpoint in (0, -1))
+    return starts, ends
 
 
 def fit_and_prompt(
@@ -210,61 +225,61 @@ def fit_and_prompt(
 def prompt(title: str, model: Pretrained, unseen: Unseen, seed: int) -> Prompted:
     """One prompted step, recursive prompting, prompt alignment and the controls of one model."""
     n, steps = len(unseen.starts), model.config.vis.recursive_steps
-    weights, losses = unseen.starts.repeat(NOISE_SEEDS, 1), unseen.losses.repeat(NOISE_SEEDS)
+    weights, metrics = unseen.starts.repeat(NOISE_SEEDS, 1), unseen.metrics.repeat(NOISE_SEEDS)
     reached = []
     for step in range(steps):
-        weights = model.sample(weights, prompt=model.info.final_metric, start_metric=losses, seed=seed + step)
-        losses = unseen.loss(weights)
+        weights = model.sample(weights, prompt=model.info.final_metric, start_metric=metrics, seed=seed + step)
+        metrics = unseen.metric(weights)
         reached.append(weights.view(NOISE_SEEDS, n, -1))
-    one_step, recursive = (unseen.accuracy(w.flatten(0, 1)).view(NOISE_SEEDS, n) for w in (reached[0], reached[-1]))
+    scores = [unseen.score(w.flatten(0, 1)).view(NOISE_SEEDS, n) for w in reached]
     judged = evaluate(model, unseen.task, unseen.starts, seed=seed)
     random_prompts = judged.one_step.desired.flatten()[
         torch.randperm(judged.one_step.desired.numel(), generator=torch.Generator().manual_seed(seed))[:n]
     ]
-    confused = model.sample(unseen.starts, prompt=random_prompts, start_metric=unseen.losses, seed=seed)
-    alignment = (judged.alignment, judged.shuffled_alignment)
+    confused = model.sample(unseen.starts, prompt=random_prompts, start_metric=unseen.metrics, seed=seed)
+    aligned = prompt_alignment(judged.one_step.desired, judged.one_step.observed[:, 1:])
+    alignment = (aligned, judged.shuffled_alignment)
     rows = [
-        row(f"{title}: one prompted step", one_step, alignment, own_update(reached[0], unseen)),
-        row(f"{title}: {steps} prompted steps", recursive, own=own_update(reached[-1], unseen)),
+        row(f"{title}: one prompted step", scores[0], alignment, own_update(reached[0], unseen)),
+        row(f"{title}: {steps} prompted steps", scores[-1], own=own_update(reached[-1], unseen)),
     ]
-    return Prompted(rows, judged.one_step, reached[0], unseen.accuracy(confused).mean().item())
+    means = [s.mean().item() for s in (unseen.score(unseen.starts), *scores)]
+    return Prompted(rows, judged.one_step, reached[0], unseen.score(confused).mean().item(), means)
 
 
 def rivals(unseen: Unseen, prompts: Tensor, seed: int) -> list[Row]:
     """What needs no model: stored checkpoints, their mean, a straight line, ridge regression, noise."""
     zoo, symmetry = unseen.zoo, unseen.task.symmetry()
-    learned, judges = zoo.split("train"), zoo.split("validation")
-    (fit, finals), (held_out, held_out_finals) = (
-        [zoo.params.gather(runs, np.full_like(runs, checkpoint)) for checkpoint in (0, -1)]
-        for runs in (learned, judges)
-    )
+    best = torch.argmin if unseen.task.minimize else torch.argmax
+    learned = zoo.split("train")
+    fit, finals = ends_of(zoo, learned)
     counts = [zoo.runs[int(run)].checkpoints for run in learned]
     run_of, checkpoint_of = np.repeat(learned, counts), np.concatenate([np.arange(count) for count in counts])
     column = zoo.metrics[unseen.task.metric_name]
     stored = torch.from_numpy(column.gather(run_of, checkpoint_of))
-    lowest = zoo.params.gather(run_of[[stored.argmin()]], checkpoint_of[[stored.argmin()]])
-    stored_alignment = aligned(prompts, stored[nearest_by_metric(stored, prompts)])
+    first = zoo.params.gather(run_of[[best(stored)]], checkpoint_of[[best(stored)]])
+    stored_alignment = prompt_alignment(prompts, stored[nearest_by_metric(stored, prompts)])
 
     mean = aligned_mean(finals, symmetry)
     lines = line_to(mean, unseen.starts, symmetry)  # (n, points, D)
-    line_loss = unseen.loss(lines.flatten(0, 1)).view(lines.shape[:2])
-    nearest = (line_loss[:, None] - prompts[:, :, None]).abs().argmin(2)
-    on_line = lines[:, line_loss.mean(0).argmin()]
+    on_lines = unseen.metric(lines.flatten(0, 1)).view(lines.shape[:2])
+    nearest = (on_lines[:, None] - prompts[:, :, None]).abs().argmin(2)
+    on_line = lines[:, best(on_lines.mean(0))]
 
-    predicted = best_ridge((fit, finals), (held_out, held_out_finals))(unseen.starts)
+    predicted = best_ridge((fit, finals), ends_of(zoo, zoo.split("validation")))(unseen.starts)
     noisy = finals[: len(unseen.starts)]
     noisy = noisy + 0.2 * torch.randn(noisy.shape, generator=torch.Generator().manual_seed(seed))
     return [
-        row("nearest stored checkpoint by loss", unseen.accuracy(lowest), (stored_alignment, None)),
-        row("aligned mean of the final checkpoints", unseen.accuracy(mean[None])),
+        row("nearest stored checkpoint by metric", unseen.score(first), (stored_alignment, None)),
+        row("aligned mean of the final checkpoints", unseen.score(mean[None])),
         row(
             "straight line to that mean",
-            unseen.accuracy(on_line),
-            (aligned(prompts, line_loss.gather(1, nearest)), None),
+            unseen.score(on_line),
+            (prompt_alignment(prompts, on_lines.gather(1, nearest)), None),
             own_update(on_line, unseen),
         ),
-        row("ridge regression, start to end", unseen.accuracy(predicted), own=own_update(predicted, unseen)),
-        row("final checkpoint + noise of size 0.2", unseen.accuracy(noisy)),
+        row("ridge regression, start to end", unseen.score(predicted), own=own_update(predicted, unseen)),
+        row("final checkpoint + noise of size 0.2", unseen.score(noisy)),
     ]
 
 
@@ -293,42 +308,49 @@ def own_update(weights: Tensor, unseen: Unseen) -> tuple[float, float]:
     return own.item(), cosines.diagonal(dim1=-2, dim2=-1).mean().item()
 
 
-def aligned(desired: Tensor, observed: Tensor) -> float:
-    """Prompt alignment of a group of networks."""
-    return prompt_alignment(desired, observed).mean().item()
-
-
 def row(
     name: str,
-    accuracies: Tensor,
-    alignment: tuple[float | None, float | None] = (None, None),
+    scores: Tensor,
+    alignment: tuple[Tensor | None, float | None] = (None, None),
     own: tuple[float | None, float | None] = (None, None),
 ) -> Row:
-    """A line of the table from accuracies (n,) or (seeds, n); the interval is over networks."""
-    per_network = accuracies.reshape(-1, accuracies.shape[-1]).mean(0)
-    half_width = 1.96 * per_network.std().item() / math.sqrt(len(per_network)) if len(per_network) > 1 else None
-    return Row(name, per_network.mean().item(), half_width, *alignment, *own)
+    """A line of the table from scores (n,) or (seeds, n) and alignments (n,); intervals are over networks."""
+    aligned, shuffled = alignment
+    found = (None, None) if aligned is None else mean_and_interval(aligned)
+    return Row(name, *mean_and_interval(scores.reshape(-1, scores.shape[-1]).mean(0)), *found, shuffled, *own)
 
 
-def print_table(table: list[Row], main_result: Prompted, novelty: dict[str, float]) -> None:
-    """The result in numbers and words."""
-    lines = [["", "test accuracy", "align", "shuffled", "own run", "cosine"]]
+def mean_and_interval(values: Tensor) -> tuple[float, float | None]:
+    """Mean of values (n,), and half width of its 95 % interval."""
+    half_width = 1.96 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
+    return values.mean().item(), half_width
+
+
+def print_rows(table: list[Row], score: str, digits: int = 3) -> None:
+    """The table in columns."""
+
+    def number(value: float | None, interval: float | None, digits: int) -> str:
+        spread = "" if interval is None else f" ±{interval:.{digits}f}"
+        return "" if value is None else f"{value:.{digits}f}{spread}"
+
+    lines = [["", score, "align", "shuffled", "own run", "cosine"]]
     for r in table:
-        accuracy = f"{r.accuracy:.3f}" + ("" if r.interval is None else f" ±{r.interval:.3f}")
-        numbers = (r.alignment, r.shuffled_alignment, r.own_rate, r.cosine)
-        lines.append([r.name, accuracy, *("" if v is None else f"{v:.3f}" for v in numbers)])
+        others = (number(value, None, 3) for value in (r.shuffled_alignment, r.own_rate, r.cosine))
+        lines.append(
+            [r.name, number(r.score, r.interval, digits), number(r.alignment, r.alignment_interval, 3), *others]
+        )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        print(
-            "  ".join(
-                f"{text:<{w}}" if i < 2 else f"{text:>{w}}"
-                for i, (text, w) in enumerate(zip(line, widths, strict=True))
-            )
-        )
+        cells = zip(line, widths, strict=True)
+        print("  ".join(f"{text:<{w}}" if i < 3 else f"{text:>{w}}" for i, (text, w) in enumerate(cells)))
+
+
+def explain(main_result: Prompted, novelty: dict[str, float]) -> None:
+    """What the columns mean, and how new the samples are."""
     print(
         "\nalign: prompt alignment, 1 is perfect; shuffled: the same with the prompts of each network in another order;"
         "\nown run: how often the update points to the one of its own SGD run; cosine: with that update, on average."
-        f"\nOne step with random prompts: accuracy {main_result.shuffled_prompt_accuracy:.3f}."
+        f"\nOne step with random prompts: accuracy {main_result.shuffled_prompt_score:.3f}."
         f" Two noise seeds differ by {novelty['distance_between_noise_seeds']:.1f}, two runs by"
         f" {novelty['distance_between_runs']:.1f}."
         "\nNearest training checkpoint up to permutation and scaling:"
@@ -337,23 +359,21 @@ def print_table(table: list[Row], main_result: Prompted, novelty: dict[str, floa
     )
 
 
-def plot(table: list[Row], curves: dict[str, PromptCurves], path: Path) -> None:
-    """Accuracies beside desired versus observed losses."""
+def plot(table: list[Row], curves: dict[str, PromptCurves], path: Path, score: str, metric: str) -> None:
+    """Scores beside desired versus observed metrics."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(15, 5.5), width_ratios=[1.2, 1])
-    left.barh(
-        [r.name for r in table], [r.accuracy for r in table], xerr=[r.interval or 0 for r in table], color="#7a9cc6"
-    )
+    left.barh([r.name for r in table], [r.score for r in table], xerr=[r.interval or 0 for r in table], color="#7a9cc6")
     left.invert_yaxis()
-    left.set_xlabel("accuracy on the test digits (fraction; bars: 95 % interval over networks)")
+    left.set_xlabel(f"{score} (bars: 95 % interval over networks)")
     for title, curve in curves.items():
         right.plot(curve.desired.mean(0), curve.observed[:, 1:].mean(0), "o-", label=title)
     right.axline((0, 0), slope=1, color="grey", linestyle="--", label="desired = observed")
-    right.set(xlabel="prompt: desired validation loss", ylabel="observed validation loss")
+    right.set(xlabel=f"prompt: desired {metric}", ylabel=f"observed {metric}")
     right.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -39,11 +39,14 @@ def ridge(starts: Tensor, ends: Tensor, penalty: float) -> Callable[[Tensor], Te
     """Ridge regression from start (m, D) to end (m, D), centred, solved in float64; returns the predictor."""
     mean_start, mean_end = starts.double().mean(0), ends.double().mean(0)
     x, y = starts.double() - mean_start, ends.double() - mean_end
-    gram = x.T @ x + penalty * torch.eye(x.shape[1], dtype=torch.float64)
-    coefficients = torch.linalg.solve(gram, x.T @ y)
+    m, size = x.shape
+    gram = x @ x.T if m < size else x.T @ x  # the smaller one: (X'X + p)^-1 X' = X' (XX' + p)^-1
+    gram.diagonal().add_(penalty)
+    solved = torch.linalg.solve(gram, y if m < size else x.T @ y)
 
     def predict(start: Tensor) -> Tensor:
-        return ((start.double() - mean_start) @ coefficients + mean_end).to(start.dtype)
+        centred = start.double() - mean_start
+        return ((centred @ x.T if m < size else centred) @ solved + mean_end).to(start.dtype)
 
     return predict
 
