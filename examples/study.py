@@ -2,7 +2,7 @@
 
     uv run examples/study.py mnist --folder mnist-study --data-dir DIR
 
-1. A zoo is generated: SGD on images, of which the last 5,000 training images are held out, or PPO on cart-pole.
+1. A zoo is generated: SGD on images, of which the last training images are held out, or PPO on cart-pole.
 2. Models are trained on it: unit tokens and the published layer tokens, both of one width, for the same seconds; and layer
    tokens with as many parameters as the unit tokens, for as many steps.
 3. All are prompted from the same unseen initialisations, beside the rivals of the quick start.
@@ -37,7 +37,6 @@ from zoo_common.layout import ParameterLayout
 from zoo_common.tasks import Task, classification_loss, get_task, register_task
 from zoo_common.zoo import Zoo
 
-HELD_OUT = 5000  # training images that no network is trained on
 OTHER_STARTS = 1  # seed of the cart-pole starts that scores come from; prompts have those of the task, seed 0
 
 
@@ -51,13 +50,30 @@ class Setting:
     score: str
     metric: str
     options: dict[str, Any]
+    held_out: int = 0
+    """Training images that no network is trained on: prompts and stored metrics come from them."""
+    test: int = 10_000
+    """Test images that are used."""
 
 
 SETTINGS = {
     "digits": Setting(2240, 1000, 42, "test accuracy", "validation loss", {"strategy": "stacked"}),
-    "mnist": Setting(1100, 2000, 50, "test accuracy", "validation loss", {"strategy": "stacked", "share_batches": 4}),
-    "cifar10": Setting(160, 600, 30, "test accuracy", "validation loss", {"strategy": "loop"}),
-    "cartpole": Setting(300, 500, 50, "return", "return", {"strategy": "stacked", "envs": 64}),
+    "mnist": Setting(
+        1100, 2000, 50, "test accuracy", "validation loss", {"strategy": "stacked", "share_batches": 4}, held_out=5000
+    ),
+    "cifar10": Setting(
+        100,
+        400,
+        20,
+        "test accuracy",
+        "validation loss",
+        {"strategy": "loop", "split": (0.7, 0.1, 0.2)},
+        held_out=2000,
+        test=2000,
+    ),
+    "cartpole": Setting(
+        200, 500, 50, "return", "return", {"strategy": "stacked", "envs": 64, "split": (0.85, 0.05, 0.1)}
+    ),
 }
 
 
@@ -72,9 +88,9 @@ class Study:
     data_dir: Path | None = None
     """Folder with the images of MNIST or CIFAR-10."""
     runs: int | None = None
-    """Networks to train for the zoo; default: 1,100 of MNIST, 160 of CIFAR-10, 300 of cart-pole."""
+    """Networks to train for the zoo; default: 1,100 of MNIST, 100 of CIFAR-10, 200 of cart-pole."""
     steps: int | None = None
-    """Steps of each of them; default: 2,000 of MNIST, 600 of CIFAR-10, 500 iterations of PPO on cart-pole."""
+    """Steps of each of them; default: 2,000 of MNIST, 400 of CIFAR-10, 500 iterations of PPO on cart-pole."""
     seconds: float = 150
     """Training of each model."""
     networks: int = 32
@@ -105,18 +121,7 @@ def study(options: Study) -> dict[str, Any]:
     """The whole study; returns the figures, which are also in ``results.json``."""
     began, setting, task = time.monotonic(), SETTINGS[options.task], the_task(options)
     say(f"1/3  the zoo: {options.folder / 'zoo'}")
-    steps = options.steps or setting.steps
-    generate(
-        task,
-        options.folder / "zoo",
-        runs=options.runs or setting.runs,
-        steps=steps,
-        save_points="geometric",
-        save_count=min(setting.checkpoints, steps + 1),
-        seed=options.seed,
-        **setting.options,
-    )
-    zoo = Zoo.open(options.folder / "zoo")
+    zoo = make_zoo(options, task)
     unseen = returns_of(zoo, task, options.networks) if task.splits is None else look_at(zoo, task, options.networks)
     say(f"2/3  models, {options.seconds:.0f} s each")
     models = train_models(options, task)
@@ -149,17 +154,35 @@ def study(options: Study) -> dict[str, Any]:
     return found
 
 
+def make_zoo(options: Study, task: Task) -> Zoo:
+    """Train the networks to learn from, or go on with them."""
+    setting = SETTINGS[options.task]
+    steps = options.steps or setting.steps
+    generate(
+        task,
+        options.folder / "zoo",
+        runs=options.runs or setting.runs,
+        steps=steps,
+        save_points="geometric",
+        save_count=min(setting.checkpoints, steps + 1),
+        seed=options.seed,
+        **setting.options,
+    )
+    return Zoo.open(options.folder / "zoo")
+
+
 def the_task(options: Study) -> Task:
     """The published task; for images with a validation part that is cut off the training images."""
     if options.task in ("digits", "cartpole"):
         return get_task("cartpole" if options.task == "cartpole" else "digits_loss")
     published = get_task(f"{options.task}_loss", options.data_dir)
+    last, first = SETTINGS[options.task].held_out, SETTINGS[options.task].test
 
     def splits() -> Splits:
         assert published.splits is not None
         (images, labels), _, test = published.splits()
-        train, held_out = ((images[part], labels[part]) for part in (slice(-HELD_OUT), slice(-HELD_OUT, None)))
-        return Splits(Part(*train), Part(*held_out), test)
+        train, held_out = (Part(images[rows], labels[rows]) for rows in (slice(-last), slice(-last, None)))
+        return Splits(train, held_out, Part(test.images[:first], test.labels[:first]))
 
     register_task(
         f"{options.task}_held_out",

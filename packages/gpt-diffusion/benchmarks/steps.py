@@ -1,6 +1,6 @@
 """How good one prompted step is with fewer denoising steps: the same model, from 1,000 DDPM steps down to two.
 
-    uv run packages/gpt-diffusion/benchmarks/steps.py RUN [RUN ...] [--networks 64] [--data-dir DIR] [--json]
+    uv run packages/gpt-diffusion/benchmarks/steps.py RUN [RUN ...] [--networks 64] [--task NAME] [--data-dir DIR] [--json]
 
 Every RUN is the folder of a finished training (diffusion or flow). Starts are the initialisations of unseen runs of its
 zoo; the metric is that of the task after one step, prompted with the task's best, as a mean with a 95 % interval by
@@ -30,10 +30,12 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
-def rows(folder: Path, networks: int, counts: list[int], data_dir: Path | None) -> dict[str, dict[str, object]]:
+def rows(
+    folder: Path, networks: int, counts: list[int], name: str | None, data_dir: Path | None
+) -> dict[str, dict[str, object]]:
     """One row for each sampler, by its name and number of steps."""
     pretrained = load_pretrained(folder)
-    task = get_task(pretrained.config.dataset.name, data_dir)
+    task = get_task(name or pretrained.config.dataset.name, data_dir)
     zoo = Zoo.open(pretrained.config.dataset.path)
     runs = zoo.split("test")[:networks]
     starts = zoo.params.gather(runs, np.zeros_like(runs))
@@ -62,11 +64,15 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--networks", type=int, default=64)
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="numbers of steps, the reference first")
+    parser.add_argument("--task", help="what the networks are judged by; default: the task of the run")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
-    table = {folder.name: rows(folder, options.networks, options.steps, options.data_dir) for folder in options.runs}
+    table = {
+        folder.name: rows(folder, options.networks, options.steps, options.task, options.data_dir)
+        for folder in options.runs
+    }
     if options.json:
         print(json.dumps(table))
         return
