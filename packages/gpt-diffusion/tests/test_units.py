@@ -123,6 +123,18 @@ def test_metrics_may_be_negative_without_the_logarithm():
     assert not torch.allclose(low, model(x, t, 300 * prompt, loss_prev=metric, x_prev=start))
 
 
+def test_a_loss_below_all_of_training_means_the_lowest_of_them():
+    net, shape = NETWORKS["one hidden layer"]
+    symmetry = Symmetry.from_module(net, torch.zeros(shape))
+    model = model_of(symmetry, metric_floor=0.2)
+    x, start, t, prompt, metric = inputs(symmetry)
+    zero, lowest, more = (
+        model(x, t, torch.full_like(prompt, value), loss_prev=metric, x_prev=start) for value in (0, 0.2, 0.3)
+    )
+    assert torch.equal(zero, lowest)
+    assert not torch.allclose(zero, more)
+
+
 def test_heads_must_divide_the_width():
     net, shape = NETWORKS["one hidden layer"]
     tokens = UnitTokens.from_symmetry(Symmetry.from_module(net, torch.zeros(shape)))

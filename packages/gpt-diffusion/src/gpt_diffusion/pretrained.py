@@ -77,6 +77,7 @@ def build_model(config: TransformerConfig, info: ModelInfo) -> GptModel | UnitMo
             n_head=config.n_head,
             metric_log=info.metric_log,
             metric_scale=info.metric_scale,
+            metric_floor=info.best_metric,
         )
     return GptModel(
         info.layout.sizes,

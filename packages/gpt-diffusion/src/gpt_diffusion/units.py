@@ -198,6 +198,8 @@ class UnitModel(nn.Module):
         n_head: Attention heads; must divide ``n_embd``.
         metric_log: Feed the logarithm of the metric (losses); otherwise metric / ``metric_scale``.
         metric_scale: Typical size of the metric, only for ``metric_log=False``.
+        metric_floor: Best metric seen in training, only for ``metric_log=True``: a lower prompt means this one, as the
+            logarithm would carry it far from everything learned.
         num_timesteps: Steps of the original diffusion process; times are given as 0 ... num_timesteps - 1.
     """
 
@@ -213,6 +215,7 @@ class UnitModel(nn.Module):
         n_head: int = 4,
         metric_log: bool = True,
         metric_scale: float = 1.0,
+        metric_floor: float = 1e-6,
         num_timesteps: int = 1000,
     ) -> None:
         super().__init__()
@@ -220,6 +223,7 @@ class UnitModel(nn.Module):
             raise ValueError(f"n_embd ({n_embd}) must be a multiple of n_head ({n_head})")
         self.units = units
         self.metric_log, self.metric_scale, self.num_timesteps = metric_log, metric_scale, num_timesteps
+        self.metric_floor = max(metric_floor, 1e-6)
         self.register_buffer("index", units.flat(), persistent=False)
         self.register_buffer("inverse", torch.argsort(units.flat()), persistent=False)
         self.waves = _Waves()
@@ -241,7 +245,7 @@ class UnitModel(nn.Module):
     def metric_input(self, metric: Tensor) -> Tensor:
         """What the condition sees of a metric (b,)."""
         value = metric.float().flatten()
-        return 2 * (value.clamp_min(1e-6).log() if self.metric_log else value / self.metric_scale)
+        return 2 * (value.clamp_min(self.metric_floor).log() if self.metric_log else value / self.metric_scale)
 
     def condition(self, loss_target: Tensor, loss_prev: Tensor, x_prev: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """Fix what is constant over a sampling trajectory; returns ``(x_t, t) -> predicted x0``."""
