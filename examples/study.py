@@ -72,7 +72,7 @@ SETTINGS = {
         test=2000,
     ),
     "cartpole": Setting(
-        200, 500, 50, "return", "return", {"strategy": "stacked", "envs": 64, "split": (0.85, 0.05, 0.1)}
+        160, 400, 50, "return", "return", {"strategy": "stacked", "envs": 64, "split": (0.8, 0.05, 0.15)}
     ),
 }
 
@@ -88,9 +88,9 @@ class Study:
     data_dir: Path | None = None
     """Folder with the images of MNIST or CIFAR-10."""
     runs: int | None = None
-    """Networks to train for the zoo; default: 1,100 of MNIST, 100 of CIFAR-10, 200 of cart-pole."""
+    """Networks to train for the zoo; default: 1,100 of MNIST, 100 of CIFAR-10, 160 of cart-pole."""
     steps: int | None = None
-    """Steps of each of them; default: 2,000 of MNIST, 400 of CIFAR-10, 500 iterations of PPO on cart-pole."""
+    """Steps of each of them; default: 2,000 of MNIST, 400 of CIFAR-10, 400 iterations of PPO on cart-pole."""
     seconds: float = 150
     """Training of each model."""
     networks: int = 32
