@@ -68,9 +68,9 @@ def draw(
     for kind, (colour, marker, rim, scale) in STYLES.items():
         chosen = [node for node in flow if kinds[node] == kind]
         if chosen:
-            at = np.array([places[node] for node in chosen])
+            x, y = np.array([places[node] for node in chosen]).T
             area = node_size * scale
-            axes.scatter(*at.T, s=area, c=colour, marker=marker, edgecolors=rim, linewidths=0.6, label=kind, zorder=3)
+            axes.scatter(x, y, s=area, c=colour, marker=marker, edgecolors=rim, linewidths=0.6, label=kind, zorder=3)
     if labels:
         for node, (x, y) in places.items():
             axes.annotate(short_label(graph, node), (x, y), (6, 0), "data", "offset points", fontsize=5, va="center")
