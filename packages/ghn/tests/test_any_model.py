@@ -1,4 +1,6 @@
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -238,3 +240,18 @@ def test_check_and_graph_print_json(capsys):
 def test_problems_are_one_line(capsys, arguments, message):
     status, out, err = run(capsys, *arguments)
     assert status == 1 and not out and err.startswith(message) and err.count("\n") == 1
+
+
+def test_models_of_timm_need_the_extra(monkeypatch):
+    made = SimpleNamespace(
+        is_model=lambda name: name == "tiny",
+        list_models=lambda: ["tiny"],
+        create_model=lambda name, pretrained, num_classes=2: nn.Linear(2, num_classes),
+    )
+    monkeypatch.setitem(sys.modules, "timm", made)
+    assert resolve_model("timm:tiny", num_classes=5).out_features == 5
+    with pytest.raises(ValueError, match="timm has no model 'tinyy'; close: tiny"):
+        resolve_model("timm:tinyy")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match=r"pip install 'ghn\[timm\]'"):
+        resolve_model("timm:tiny")

@@ -40,6 +40,8 @@ def nodes_of(
     extended: bool = False,
 ) -> Nodes:
     """Trace a model into a graph; see :class:`ghn.Graph` for the arguments and errors."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
     record = trace(model, example_inputs)
     supported = support.extended if extended else support.published
     if dialect == "ppuda":
