@@ -1,0 +1,224 @@
+"""Decoders: from the embedding of a node to a block of weights, the source of all tiles of a parameter."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ghn.shapes import Shape4
+
+_BLOCK_BYTES = 2**25
+"""Memory for the weights that are decoded at once."""
+
+Decoded = Iterator[tuple[list[int], Tensor]]
+"""Positions of some nodes, and the weights ``(nodes, out, in, height, width)`` decoded for them."""
+
+
+def window(kernel: int, largest: int, centred: bool) -> slice:
+    """Which of ``largest`` rows make a kernel of ``kernel`` rows: those around the centre, or the first."""
+    if not centred:
+        return slice(0, min(kernel, largest))
+    centre = largest // 2
+    return slice(max(0, centre - kernel // 2), min(centre + math.ceil(kernel / 2), largest))
+
+
+def _linear(weights: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    return F.linear(x, weights.flatten(1), bias)
+
+
+class _Decoder(nn.Module):
+    """What both decoders share: which sizes are decoded, and the classification layer."""
+
+    def __init__(self, max_shape: Shape4, num_classes: int) -> None:
+        super().__init__()
+        self.max_shape, self.num_classes = max_shape, num_classes
+
+    def clipped(self, shape: Shape4) -> Shape4:
+        """The same shape, where it is larger than what the decoder gives cut to that."""
+        out, into, height, width = (min(size, largest) for size, largest in zip(shape, self.max_shape, strict=True))
+        return out, into, height, width
+
+    def forward(self, x: Tensor, shape: Shape4, is_class: bool = False) -> Tensor:
+        """Decode all nodes alike.
+
+        Args:
+            x: Embeddings ``(n, hid)``.
+            shape: Sizes that are needed; more channels than the decoder has are not.
+            is_class: Whether it is the weight of a classification layer.
+
+        Returns:
+            Weights ``(n, out, in, height, width)``, with ``num_classes`` as ``out`` of a classification layer.
+        """
+        raise NotImplementedError
+
+    def decode(self, x: Tensor, shapes: Sequence[Shape4]) -> Decoded:
+        """Decode nodes ``(n, hid)``, each to a shape of its own, in any order."""
+        groups = defaultdict(list)
+        for i, shape in enumerate(shapes):
+            groups[shape].append(i)
+        for shape, members in groups.items():
+            most = max(1, _BLOCK_BYTES // (4 * math.prod(self.clipped(shape))))
+            for start in range(0, len(members), most):
+                some = members[start : start + most]
+                yield some, self(x[some], shape)
+
+
+class ConvDecoder(_Decoder):
+    r"""Maps an embedding to an image of ``S x S`` hidden vectors, and each of these to ``out * in`` weights.
+
+    Only those pixels and those rows of the last layer are computed that a tensor needs, and the last layer, which has
+    nearly all the weights of a large hypernetwork, is read once for all kernel sizes.
+
+    Args:
+        hid: Width of node embeddings.
+        max_shape: ``(O, I, S, S)``.
+        num_classes: Classes of the training data.
+        linear: Whether the last layers are linear ones (GHN-3), or convolutions of one pixel (GHN-1 and GHN-2).
+        centred: Whether a kernel is the centre of the image (GHN-3), or its first corner.
+        periodic: Whether a kernel larger than the image repeats it (GHN-1 and GHN-2), or is interpolated.
+        rank: Make the matrix ``(O, I)`` of a pixel as a product of two of this rank, from a last layer of
+            ``(O + I) * rank`` instead of ``O * I`` rows; 0: make it at once, as published.
+    """
+
+    def __init__(
+        self,
+        hid: int,
+        max_shape: Shape4,
+        num_classes: int,
+        *,
+        linear: bool = True,
+        centred: bool = True,
+        periodic: bool = False,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(max_shape, num_classes)
+        self.centred, self.periodic, self.rank = centred, periodic, rank
+        out, into, size, _ = max_shape
+        layer = nn.Linear if linear else partial(nn.Conv2d, kernel_size=1)
+        rows = (out + into) * rank if rank else out * into
+        self.fc = nn.Sequential(nn.Linear(hid, 4 * hid * size**2), nn.ReLU())
+        self.conv = nn.Sequential(layer(4 * hid, 8 * hid), nn.ReLU(), layer(8 * hid, rows))
+        self.class_layer_predictor = nn.Sequential(nn.ReLU(), layer(out, num_classes))
+
+    def hidden(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Hidden vectors ``(n, pixels, 8 hid)`` of the pixels of a kernel."""
+        size = self.max_shape[2]
+        rows, columns = window(height, size, self.centred), window(width, size, self.centred)
+
+        def cut(parameter: Tensor) -> Tensor:  # the first layer to these pixels, pixel by pixel
+            image = parameter.unflatten(0, (-1, size, size))[:, rows, columns]
+            return image.movedim(0, 2).flatten(0, 2)
+
+        first = self.fc[0]
+        image = F.relu(F.linear(x, cut(first.weight), cut(first.bias))).unflatten(1, (-1, first.out_features // size**2))
+        return F.relu(_linear(self.conv[0].weight, self.conv[0].bias, image))
+
+    def matrices(self, hidden: Tensor, out: int, into: int) -> Tensor:
+        """The first channels of the weights of pixels, ``(pixels, out * into)``."""
+        most_out, most_into = self.max_shape[:2]
+        weight, bias = self.conv[2].weight.flatten(1), self.conv[2].bias
+        if self.rank:
+            split = most_out * self.rank
+            left = F.linear(hidden, weight[: out * self.rank], bias[: out * self.rank])
+            right = F.linear(hidden, *(p[split : split + into * self.rank] for p in (weight, bias)))
+            left, right = left.view(-1, out, self.rank), right.view(-1, into, self.rank)
+            return (left @ right.mT / math.sqrt(self.rank)).flatten(1)
+        if into == most_into:
+            return F.linear(hidden, weight[: out * into], bias[: out * into])
+        weight, bias = (p.unflatten(0, (most_out, most_into))[:out, :into].flatten(0, 1) for p in (weight, bias))
+        return F.linear(hidden, weight, bias)
+
+    def finish(self, image: Tensor, height: int, width: int) -> Tensor:
+        """Weights ``(..., height, width)`` from those of the pixels of a kernel, where it is larger than the image."""
+        if image.shape[-2:] == (height, width):
+            return image
+        if self.periodic:
+            rows, columns = (torch.arange(n, device=image.device) % m for n, m in zip((height, width), image.shape[-2:]))
+            return image[..., rows[:, None], columns]
+        return F.interpolate(image.flatten(0, 1), (height, width), mode="bilinear").view(*image.shape[:3], height, width)
+
+    def forward(self, x: Tensor, shape: Shape4, is_class: bool = False) -> Tensor:
+        out, into, height, width = self.clipped(shape)
+        if is_class:
+            matrix = self.matrices(self.hidden(x, 1, 1)[:, 0], self.max_shape[0], into)
+            last = self.class_layer_predictor[1]
+            columns = F.relu(matrix).view(len(x), -1, into).mT
+            return _linear(last.weight, last.bias, columns).mT[..., None, None]
+        matrix = self.matrices(self.hidden(x, height, width).flatten(0, 1), out, into)
+        image = matrix.view(len(x), height, width, out, into).permute(0, 3, 4, 1, 2)
+        return self.finish(image, *shape[2:])
+
+    def decode(self, x: Tensor, shapes: Sequence[Shape4]) -> Decoded:
+        clipped = [self.clipped(shape) for shape in shapes]
+        hidden: dict[int, Tensor] = {}
+        for kernel in dict.fromkeys(shape[2:] for shape in clipped):
+            members = [i for i, shape in enumerate(clipped) if shape[2:] == kernel]
+            hidden |= dict(zip(members, self.hidden(x[members], *kernel), strict=True))
+        groups = defaultdict(list)
+        for i, (out, into, *_) in enumerate(clipped):
+            groups[self._rounded(out, 0), self._rounded(into, 1)].append(i)
+        for (out, into), members in groups.items():
+            for some in _pieces(members, [len(hidden[i]) * out * into * 4 for i in members]):
+                matrices = self.matrices(torch.cat([hidden[i] for i in some]), out, into)
+                for i, matrix in zip(some, matrices.split([len(hidden[i]) for i in some]), strict=True):
+                    image = matrix.view(1, *clipped[i][2:], out, into).permute(0, 3, 4, 1, 2)
+                    yield [i], self.finish(image[:, : clipped[i][0], : clipped[i][1]], *shapes[i][2:])
+
+    def _rounded(self, channels: int, axis: int) -> int:
+        """Channels that are decoded for some: few different numbers make large matrix products."""
+        largest = self.max_shape[axis]
+        step = max(1, largest // 8)
+        return min(-(-channels // step) * step, largest)
+
+
+class MlpDecoder(_Decoder):
+    """Two layers from an embedding to all weights of the largest tensor, of which a corner is kept."""
+
+    def __init__(self, hid: int, max_shape: Shape4, num_classes: int) -> None:
+        super().__init__(max_shape, num_classes)
+        layers = [nn.Linear(hid, 2 * hid), nn.ReLU(), nn.Linear(2 * hid, math.prod(max_shape))]
+        self.mlp = nn.ModuleDict({"fc": nn.Sequential(*layers)})
+        self.class_layer_predictor = nn.Sequential(nn.ReLU(), nn.Linear(2 * hid, num_classes * max_shape[0]))
+
+    def forward(self, x: Tensor, shape: Shape4, is_class: bool = False) -> Tensor:
+        first, relu, last = self.mlp["fc"]
+        hidden = relu(first(x))
+        out, into, height, width = self.clipped(shape)
+        if is_class:
+            values = self.class_layer_predictor(hidden).view(len(x), self.num_classes, -1)
+            return values[..., :into, None, None]
+        weight, bias = (
+            p.unflatten(0, self.max_shape)[:out, :into, :height, :width].flatten(0, 3) for p in (last.weight, last.bias)
+        )
+        values = F.linear(hidden, weight, bias).view(len(x), out, into, height, width)
+        rows, columns = (torch.arange(n, device=x.device) % m for n, m in zip(shape[2:], (height, width), strict=True))
+        return values if (height, width) == shape[2:] else values[..., rows[:, None], columns]
+
+
+class Decoder1d(nn.Module):
+    """Weight and bias of normalisation layers, and all other biases: rows 0 and 1 of ``(n, 2, width)``."""
+
+    def __init__(self, hid: int, width: int) -> None:
+        super().__init__()
+        self.fc = nn.Sequential(nn.Linear(hid, 2 * hid), nn.ReLU(), nn.Linear(2 * hid, 2 * width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Decode embeddings ``(n, hid)``."""
+        return self.fc(x).view(len(x), 2, -1)
+
+
+def _pieces(members: list[int], sizes: list[int]) -> Iterator[list[int]]:
+    """Consecutive members whose sizes in bytes add up to little."""
+    piece: list[int] = []
+    total = 0
+    for member, size in zip(members, sizes, strict=True):
+        if piece and total + size > _BLOCK_BYTES:
+            yield piece
+            piece, total = [], 0
+        piece.append(member)
+        total += size
+    yield piece

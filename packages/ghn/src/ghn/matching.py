@@ -1,0 +1,120 @@
+"""Which node of a graph predicts which parameter of a model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from ghn.graph import Graph, NodeInfo, stored_name
+from ghn.shapes import Shape
+
+Kind = Literal["weight", "vector", "class weight", "class bias"]
+_WITHOUT_PARAMETER = ("input", "sum", "concat", "max_pool", "avg_pool", "glob_avg", "msa", "cse")
+
+
+class Slot(NamedTuple):
+    """Where a parameter stands. In a light-weight network it is a shape, and there is no tensor yet."""
+
+    module: nn.Module
+    attribute: str
+
+    @property
+    def content(self) -> Tensor | Sequence[int]:
+        """The parameter, or its shape."""
+        return getattr(self.module, self.attribute)
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the parameter."""
+        return tuple(getattr(self.content, "shape", self.content))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parameter that is predicted."""
+
+    name: str
+    slot: Slot
+    shape: Shape
+    kind: Kind
+    node: int
+    """Row of the embeddings from which it is predicted."""
+    row: int = 0
+    """Of the decoder of vectors: 0 for weights of norm layers, 1 for biases."""
+
+
+def parameter_slots(model: nn.Module) -> dict[str, Slot]:
+    """All parameters by name; those of the model itself have a name that starts with a dot.
+
+    Names that light-weight networks and stored graphs use are included.
+    """
+    slots: dict[str, Slot] = {}
+    wrapped = model.module if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) else model
+    for prefix, module in wrapped.named_modules(remove_duplicate=False):
+        light = [name for name, value in vars(module).items() if _is_light_shape(name, value)]
+        held = [name for name, value in module._parameters.items() if value is not None]
+        slots |= {f"{prefix}.{name}": Slot(module, name) for name in held + light}
+    return slots
+
+
+def _is_light_shape(name: str, value: object) -> bool:
+    named = name.endswith(("weight", "bias"))
+    return named and isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(n, int) for n in value)
+
+
+def match(graph: Graph, model: nn.Module, first_row: int = 0) -> tuple[list[Target], list[Shape | None]]:
+    """Find the parameters of a model in its graph.
+
+    Args:
+        graph: Graph of the model, traced or stored.
+        model: The model.
+        first_row: Row of the embeddings that belongs to the graph's first node.
+
+    Returns:
+        The parameters that the graph predicts, in the order of its nodes; and for every node the shape that describes
+        it to the hypernetwork.
+
+    Raises:
+        ValueError: The graph has a node for a parameter that the model lacks, or two models are confused.
+    """
+    slots = parameter_slots(model)
+    aliases = {stored_name(name): name for name in slots}
+    shapes: list[Shape | None] = list(graph.node_shapes)
+    targets: list[Target] = []
+    for info in (info for cell in graph.node_info for info in cell):
+        if info.primitive in _WITHOUT_PARAMETER:
+            continue
+        name = _find(graph.node_params[info.index] or info.name, slots, aliases)
+        slot = slots[name]
+        shapes[info.index] = slot.shape
+        targets += _targets(name, slot, info, first_row + info.index, slots)
+    return targets, shapes
+
+
+def _find(name: str, slots: dict[str, Slot], aliases: dict[str, str]) -> str:
+    """Key of the parameter that a graph calls ``name``."""
+    # The networks of GHN-3 keep attention in a module of its own, which graphs stored before do not know.
+    moved = name.replace("to_qkv", "attn.to_qkv").replace("to_out", "attn.to_out")
+    for other in (name, f"{name}.weight", moved):
+        if other in slots:
+            return other
+        if other in aliases:
+            return aliases[other]
+    raise ValueError(f"the graph has a node for {name!r}, which the model has not: give the graph of this model")
+
+
+def _targets(name: str, slot: Slot, info: NodeInfo, row: int, slots: dict[str, Slot]) -> list[Target]:
+    shape = slot.shape
+    if len(shape) == 1 and info.is_last_bias:
+        return [Target(name, slot, shape, "class bias", row, 1)]
+    if len(shape) > 1 and info.is_last_weight:
+        return [Target(name, slot, shape, "class weight", row)]
+    is_layer_scale = len(shape) == 3 and shape[1] == shape[2] == 1
+    if len(shape) > 1 and not is_layer_scale:
+        return [Target(name, slot, shape, "weight", row)]
+    targets = [Target(name, slot, shape, "vector", row, int("bias" in slot.attribute))]
+    partner = name.removesuffix("weight") + "bias"
+    if slot.attribute == "weight" and partner in slots and slots[partner].shape == shape:  # of a norm layer
+        targets.append(Target(partner, slots[partner], shape, "vector", row, 1))
+    return targets
