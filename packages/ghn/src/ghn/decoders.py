@@ -14,6 +14,9 @@ from ghn.shapes import Shape4
 _BLOCK_BYTES = 2**25
 """Memory for the weights that are decoded at once."""
 
+_LARGE_ROWS = 2**15 + 1
+"""Weights of the last layer per output channel from which the needed ones are not copied: that takes longer than use."""
+
 Decoded = Iterator[tuple[list[int], Tensor]]
 """Positions of some nodes, and the weights ``(nodes, out, in, height, width)`` decoded for them."""
 
@@ -129,8 +132,10 @@ class ConvDecoder(_Decoder):
             return (left @ right.mT / math.sqrt(self.rank)).flatten(1)
         if into == most_into:
             return F.linear(hidden, weight[: out * into], bias[: out * into])
-        weight, bias = (p.unflatten(0, (most_out, most_into))[:out, :into].flatten(0, 1) for p in (weight, bias))
-        return F.linear(hidden, weight, bias)
+        weight, bias = (p.unflatten(0, (most_out, most_into))[:out, :into] for p in (weight, bias))
+        if weight.is_cuda or torch.is_grad_enabled() or into * weight.shape[2] < _LARGE_ROWS:
+            return F.linear(hidden, weight.flatten(0, 1), bias.flatten())
+        return torch.cat([F.linear(hidden, *row) for row in zip(weight, bias, strict=True)], dim=1)
 
     def finish(self, image: Tensor, height: int, width: int) -> Tensor:
         """Weights ``(..., height, width)`` from those of the pixels of a kernel, where it is larger than the image."""

@@ -10,6 +10,8 @@ from ghn.graph import Graph, NodeInfo, stored_name
 from ghn.shapes import Shape
 
 Kind = Literal["weight", "vector", "class weight", "class bias"]
+_LIGHT = ("weight", "bias", "in_proj_weight", "in_proj_bias", "pos_embedding", "layer_scale")
+"""Attributes of modules that hold a shape instead of a tensor in light-weight networks."""
 _WITHOUT_PARAMETER = ("input", "sum", "concat", "max_pool", "avg_pool", "glob_avg", "msa", "cse")
 
 
@@ -52,15 +54,11 @@ def parameter_slots(model: nn.Module) -> dict[str, Slot]:
     slots: dict[str, Slot] = {}
     wrapped = model.module if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) else model
     for prefix, module in wrapped.named_modules(remove_duplicate=False):
-        light = [name for name, value in vars(module).items() if _is_light_shape(name, value)]
-        held = [name for name, value in module._parameters.items() if value is not None]
-        slots |= {f"{prefix}.{name}": Slot(module, name) for name in held + light}
+        own = vars(module)
+        names = [name for name, value in module._parameters.items() if value is not None]
+        names += [name for name in _LIGHT if isinstance(own.get(name), list | tuple)]
+        slots |= {f"{prefix}.{name}": Slot(module, name) for name in names}
     return slots
-
-
-def _is_light_shape(name: str, value: object) -> bool:
-    named = name.endswith(("weight", "bias"))
-    return named and isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(n, int) for n in value)
 
 
 def match(graph: Graph, model: nn.Module, first_row: int = 0) -> tuple[list[Target], list[Shape | None]]:
@@ -79,28 +77,29 @@ def match(graph: Graph, model: nn.Module, first_row: int = 0) -> tuple[list[Targ
         ValueError: The graph has a node for a parameter that the model lacks, or two models are confused.
     """
     slots = parameter_slots(model)
-    aliases = {stored_name(name): name for name in slots}
     shapes: list[Shape | None] = list(graph.node_shapes)
     targets: list[Target] = []
     for info in (info for cell in graph.node_info for info in cell):
         if info.primitive in _WITHOUT_PARAMETER:
             continue
-        name = _find(graph.node_params[info.index] or info.name, slots, aliases)
+        name = _find(graph.node_params[info.index] or info.name, slots)
         slot = slots[name]
         shapes[info.index] = slot.shape
         targets += _targets(name, slot, info, first_row + info.index, slots)
     return targets, shapes
 
 
-def _find(name: str, slots: dict[str, Slot], aliases: dict[str, str]) -> str:
+def _find(name: str, slots: dict[str, Slot]) -> str:
     """Key of the parameter that a graph calls ``name``."""
     # The networks of GHN-3 keep attention in a module of its own, which graphs stored before do not know.
     moved = name.replace("to_qkv", "attn.to_qkv").replace("to_out", "attn.to_out")
-    for other in (name, f"{name}.weight", moved):
-        if other in slots:
-            return other
-        if other in aliases:
-            return aliases[other]
+    spellings = (name, f"{name}.weight", moved)
+    for spelling in spellings:
+        if spelling in slots:
+            return spelling
+    for key in slots:
+        if stored_name(key) in spellings:
+            return key
     raise ValueError(f"the graph has a node for {name!r}, which the model has not: give the graph of this model")
 
 

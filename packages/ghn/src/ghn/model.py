@@ -1,13 +1,13 @@
 """Graph hypernetworks: GHN-1, GHN-2, the MLP baseline and GHN-3."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from ghn.batchnorm import use_batch_statistics
 from ghn.decoders import ConvDecoder, Decoder1d, MlpDecoder
 from ghn.gnn import GatedGNN, NodeMlp
 from ghn.graph import Dialect, Graph, GraphBatch
@@ -59,14 +59,8 @@ class GHN(nn.Module):
         rank: int = 0,
     ) -> None:
         super().__init__()
-        largest = _max_shape(max_shape)
-        self.max_shape, self.num_classes, self.dialect, self.weight_norm, self.ve = (
-            largest,
-            num_classes,
-            dialect,
-            weight_norm,
-            ve,
-        )
+        self.max_shape = largest = _max_shape(max_shape)
+        self.num_classes, self.dialect, self.weight_norm, self.ve = num_classes, dialect, weight_norm, ve
         self.config: dict[str, Any] = {
             "max_shape": list(largest),
             "num_classes": num_classes,
@@ -336,13 +330,15 @@ class GHN3(GHN):
         )
 
 
-def use_batch_statistics(model: nn.Module) -> nn.Module:
-    """Make all BatchNorm layers normalise by the statistics of each batch, in evaluation too; returns the model."""
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.track_running_stats = False
-            module.training = True
-    return model
+def build(config: Mapping[str, Any]) -> GHN:
+    """A new hypernetwork from a configuration (:attr:`GHN.config`)."""
+    options = dict(config)
+    if options.get("dialect") != "ghn3":
+        return GHN(**options)
+    kind, decoder, _ = (options.pop(name) for name in ("hypernet", "decoder", "dialect"))
+    if kind == "mlp" or decoder != "conv":
+        raise ValueError(f"GHN-3 has no {'MLP for nodes' if kind == 'mlp' else decoder + ' decoder'}")
+    return GHN3(**options, is_ghn2=kind == "gatedgnn")
 
 
 def _max_shape(values: Sequence[int]) -> Shape4:

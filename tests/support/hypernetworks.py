@@ -1,0 +1,23 @@
+"""Hypernetworks and targets of the goldens."""
+
+import math
+
+import torchvision
+from support.golden import fill
+from torch import nn
+
+
+def filled(module: nn.Module) -> nn.Module:
+    """Give every weight of a hypernetwork the value of the goldens' recipe; evaluation mode."""
+    for key, value in module.state_dict().items():
+        scale = 0.5 if "embed" in key else 0.1 if value.ndim == 1 else 1 / math.sqrt(math.prod(value.shape[1:]))
+        is_norm = key.endswith(("ln.weight", "ln1.weight", "ln2.weight"))
+        value.copy_(fill(key, tuple(value.shape), scale) + float(is_norm))
+    return module.eval()
+
+
+def torchvision_model(arch: str, num_classes: int = 1000, **options: object) -> nn.Module:
+    """A model of a golden, in training mode; its values do not matter."""
+    if arch in ("googlenet", "inception_v3"):
+        options["init_weights"] = False
+    return getattr(torchvision.models, arch)(num_classes=num_classes, **options)
