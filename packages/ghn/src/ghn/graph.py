@@ -1,25 +1,22 @@
 """Computational graphs: what a hypernetwork reads."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ghn.build import Dialect, Nodes, nodes_of
 from ghn.distances import path_lengths
 from ghn.primitives import PRIMITIVE_ID, PRIMITIVES
-
-Dialect = Literal["ghn3", "ppuda"]
-
-#: Shape that a pooling node records where its kernel is not known.
-POOLING = (1, 1, 3, 3)
+from ghn.trace import expected_input_size
 
 
 class NodeInfo(NamedTuple):
     """A node that carries a parameter or pools, in the published layout."""
 
-    index: int
+    node: int
     name: str
     primitive: str
     shape: tuple[int, ...] | None
@@ -57,7 +54,7 @@ class Graph:
         list_all_nodes: bool = False,
         node_feat: Tensor | None = None,
         node_info: Sequence[Sequence[Sequence[Any]]] | None = None,
-        A: Tensor | np.ndarray | None = None,  # noqa: N803 (published name)
+        A: Tensor | np.ndarray | None = None,
         edges: Tensor | np.ndarray | None = None,
         net_args: Mapping[str, Any] | None = None,
         net_idx: int | None = None,
@@ -86,7 +83,13 @@ class Graph:
         self.net_args, self.net_idx = net_args, net_idx
         self.expected_input_sz: Any = None
         if model is not None:
-            raise NotImplementedError("tracing")
+            if any(given is not None for given in (node_feat, node_info, A, edges)):
+                raise ValueError("Graph takes a model or stored arrays, not both")
+            found = nodes_of(model, example_inputs, dialect=dialect, compat=compat, extended=extended)
+            self.expected_input_sz = expected_input_size(model)
+            cells = getattr(model, "_n_cells", 1)
+            self._fill(found, ve_cutoff=ve_cutoff, n_cells=cells, list_all_nodes=list_all_nodes, dialect=dialect)
+            return
         if node_feat is None or (A is None) == (edges is None):
             raise ValueError("Graph needs a model, or node_feat together with one of A and edges")
         self.node_feat = torch.as_tensor(node_feat, dtype=torch.int64).reshape(-1, 1)
@@ -95,9 +98,9 @@ class Graph:
         self.node_params: list[str | None] = [None] * self.n_nodes
         self.node_shapes: list[tuple[int, ...] | None] = [None] * self.n_nodes
         for entry in (entry for cell in self.node_info for entry in cell):
-            self.node_shapes[entry.index] = None if entry.shape is None else tuple(entry.shape)
+            self.node_shapes[entry.node] = None if entry.shape is None else tuple(entry.shape)
             if not entry.primitive.endswith("pool"):
-                self.node_params[entry.index] = entry.name
+                self.node_params[entry.node] = entry.name
         if A is not None:
             self._set_distances(torch.as_tensor(A))
         else:
@@ -130,13 +133,17 @@ class Graph:
             raise ValueError(f"unknown node type {unknown[0]!r}; known: {', '.join(PRIMITIVES)}")
         self = cls.__new__(cls)
         self.net_args = self.net_idx = self.expected_input_sz = None
-        self.node_types, self.node_params = list(types), list(params)
-        self.node_shapes = [None if shape is None else tuple(shape) for shape in shapes]
-        self.node_feat = torch.tensor([[PRIMITIVE_ID[name]] for name in types])
-        pairs = np.asarray(edges, dtype=np.int64).reshape(-1, 2)
-        self._set_distances(torch.from_numpy(path_lengths(len(types), pairs, ve_cutoff)))
-        self.node_info = describe(self, n_cells, list_all_nodes, dialect)
+        sizes = [None if shape is None else tuple(shape) for shape in shapes]
+        nodes = Nodes(list(types), list(params), sizes, [(int(a), int(b)) for a, b in edges])
+        self._fill(nodes, ve_cutoff=ve_cutoff, n_cells=n_cells, list_all_nodes=list_all_nodes, dialect=dialect)
         return self
+
+    def _fill(self, nodes: Nodes, *, ve_cutoff: int, n_cells: int, list_all_nodes: bool, dialect: Dialect) -> None:
+        self.node_types, self.node_params, self.node_shapes = nodes.types, nodes.params, nodes.shapes
+        self.node_feat = torch.tensor([[PRIMITIVE_ID[name]] for name in nodes.types])
+        pairs = np.array(nodes.edges, dtype=np.int64).reshape(-1, 2)
+        self._set_distances(torch.from_numpy(path_lengths(self.n_nodes, pairs, ve_cutoff)))
+        self.node_info = describe(self, n_cells, list_all_nodes, dialect)
 
     def _set_distances(self, lengths: Tensor) -> None:
         if lengths.shape != (self.n_nodes, self.n_nodes):
@@ -162,7 +169,7 @@ class Graph:
         return dense
 
     @property
-    def _Adj(self) -> Tensor:  # noqa: N802 (published name)
+    def _Adj(self) -> Tensor:
         return self.distances
 
     def __repr__(self) -> str:
