@@ -7,12 +7,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what a type checker sees
+    from ghn.batchnorm import Accuracy as Accuracy
+    from ghn.batchnorm import condition_bn as condition_bn
+    from ghn.batchnorm import evaluate as evaluate
+    from ghn.batchnorm import use_batch_statistics as use_batch_statistics
     from ghn.graph import Graph as Graph
     from ghn.graph import GraphBatch as GraphBatch
+    from ghn.model import GHN as GHN
+    from ghn.model import GHN3 as GHN3
+    from ghn.pretrained import from_pretrained as from_pretrained
+    from ghn.pretrained import GHN1 as GHN1
+    from ghn.pretrained import GHN2 as GHN2
+    from ghn.pretrained import push as push
+    from ghn.pretrained import save_pretrained as save_pretrained
+    from ghn.published import get_metadata as get_metadata
+    from ghn.published import norm_check as norm_check
+    from ghn.writing import predict_to as predict_to
 
 _MODULE_OF = {
+    "Accuracy": "batchnorm",
+    "GHN": "model",
+    "GHN1": "pretrained",
+    "GHN2": "pretrained",
+    "GHN3": "model",
     "Graph": "graph",
     "GraphBatch": "graph",
+    "condition_bn": "batchnorm",
+    "evaluate": "batchnorm",
+    "from_pretrained": "pretrained",
+    "get_metadata": "published",
+    "norm_check": "published",
+    "predict_to": "writing",
+    "push": "pretrained",
+    "save_pretrained": "pretrained",
+    "use_batch_statistics": "batchnorm",
 }
 
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605 (computed from the table above)

@@ -82,10 +82,10 @@ def match(graph: Graph, model: nn.Module, first_row: int = 0) -> tuple[list[Targ
     for info in (info for cell in graph.node_info for info in cell):
         if info.primitive in _WITHOUT_PARAMETER:
             continue
-        name = _find(graph.node_params[info.index] or info.name, slots)
+        name = _find(graph.node_params[info.node] or info.name, slots)
         slot = slots[name]
-        shapes[info.index] = slot.shape
-        targets += _targets(name, slot, info, first_row + info.index, slots)
+        shapes[info.node] = slot.shape
+        targets += _targets(name, slot, info, first_row + info.node, slots)
     return targets, shapes
 
 
