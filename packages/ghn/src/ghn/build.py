@@ -41,7 +41,7 @@ def nodes_of(
     record = trace(model, example_inputs)
     if dialect == "ppuda":
         supported = support.published_ppuda
-        draft = _ppuda(draft_of(record, roots=1, keep=lambda owner: supported(owner) is not None))
+        draft = _ppuda(draft_of(record, 1, lambda owner: supported(owner) is not None, whole_slices=True))
     else:
         supported = support.extended if extended else support.published
         draft = draft_of(record)

@@ -116,7 +116,13 @@ class Draft:
         return [(a, b) for a, near in enumerate(self.after) for b in sorted(near)]
 
 
-def draft_of(trace: Trace, roots: int | None = None, keep: Callable[[Owner], bool] = lambda owner: True) -> Draft:
+def draft_of(
+    trace: Trace,
+    roots: int | None = None,
+    keep: Callable[[Owner], bool] = lambda owner: True,
+    *,
+    whole_slices: bool = False,
+) -> Draft:
     """The autograd record as a graph, from the outputs back to the inputs, in the published order.
 
     A function that reads parameters directly is represented by them: data enters at the first of them and leaves at
@@ -126,6 +132,7 @@ def draft_of(trace: Trace, roots: int | None = None, keep: Callable[[Owner], boo
         trace: The record.
         roots: How many of the outputs to follow; default: all.
         keep: Whether a parameter gets a node.
+        whole_slices: Count slices of a whole axis, which PyTorch 2.0 recorded: ``x[:, :, 1:]`` as three slices.
     """
     draft, place = Draft(), {}
     ends: dict[Any, tuple[int, int]] = {}  # of each function: where data enters and leaves
@@ -147,8 +154,11 @@ def draft_of(trace: Trace, roots: int | None = None, keep: Callable[[Owner], boo
         if shown:
             ends[function] = place[shown[0]], place[shown[-1]]
         else:
-            node = draft.add(Record(operation_name(function), function=function))
-            ends[function] = node, node
+            entry = node = draft.add(Record(operation_name(function), function=function))
+            for _ in range(_unrecorded(function, below) if whole_slices else 0):
+                entry, inner = draft.add(Record("SliceBackward0")), entry
+                draft.connect(entry, inner)
+            ends[function] = entry, node
         waiting.extend(child for child in reversed(below) if child not in trace.leaves)
     for function, (entry, _) in tuple(ends.items()):
         for child in trace.children[function]:
@@ -163,6 +173,15 @@ def draft_of(trace: Trace, roots: int | None = None, keep: Callable[[Owner], boo
             else:
                 draft.connect(leaving, entry)
     return draft
+
+
+def _unrecorded(function: Any, below: list[Any]) -> int:  # noqa: ANN401
+    """How many slices of whole axes stand before one slice of an index."""
+    if not function.name().startswith("Slice"):
+        return 0
+    inner = below[0] if below and below[0].name().startswith("Slice") else None
+    done = inner._saved_dim + 1 if inner is not None and inner._saved_dim < function._saved_dim else 0
+    return int(function._saved_dim - done)
 
 
 def operation_name(function: Any) -> str:  # noqa: ANN401

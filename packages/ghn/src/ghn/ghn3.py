@@ -16,9 +16,9 @@ def filter_nodes(draft: Draft, support: Support) -> None:
     degrees = in_degrees(draft)
     names = [record.name.lower() for record in draft.records]
     draft.remove([i for i in _with(draft, "Mul") if not (has_cse and _gates(names, i))])
-    unknown = [i for i, record in enumerate(draft.records) if not _is_known(record, support)]
     # Names that begin with Add, such as Addmm, are judged as sums (published).
-    draft.remove([i for i in unknown if not (i in _with(draft, "Add") and degrees[draft.records[i]] > 1)])
+    joins = {i for i in _with(draft, "Add") if degrees[draft.records[i]] > 1}
+    draft.remove([i for i, record in enumerate(draft.records) if i not in joins and not _is_known(record, support)])
     names = [record.name.lower() for record in draft.records]
     draft.remove([i for i in _with(draft, "Mean") if has_cse and not _near_head(names, i)])
     filter_joins(draft, degrees)
@@ -35,9 +35,9 @@ def in_degrees(draft: Draft) -> dict[Record, int]:
     return {record: len(near) for record, near in zip(draft.records, draft.before, strict=True)}
 
 
-def _with(draft: Draft, prefix: str) -> set[int]:
+def _with(draft: Draft, prefix: str) -> list[int]:
     """Operations whose name begins so."""
-    return {i for i, record in enumerate(draft.records) if record.is_op and record.name.startswith(prefix)}
+    return [i for i, record in enumerate(draft.records) if record.is_op and record.name.startswith(prefix)]
 
 
 def _is_known(record: Record, support: Support) -> bool:
