@@ -4,18 +4,18 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ghn.partial import View, partial_linears
 from ghn.shapes import Shape4
 
 _BLOCK_BYTES = 2**25
 """Memory for the weights that are decoded at once."""
 
-_LARGE_ROWS = 2**15 + 1
-"""Weights of the last layer per output channel from which the needed ones are not copied: that takes longer than use."""
 
 Decoded = Iterator[tuple[list[int], Tensor]]
 """Positions of some nodes, and the weights ``(nodes, out, in, height, width)`` decoded for them."""
@@ -29,8 +29,8 @@ def window(kernel: int, largest: int, centred: bool) -> slice:
     return slice(max(0, centre - kernel // 2), min(centre + math.ceil(kernel / 2), largest))
 
 
-def _linear(weights: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    return F.linear(x, weights.flatten(1), bias)
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight.flatten(1), layer.bias)
 
 
 class _Decoder(nn.Module):
@@ -60,10 +60,7 @@ class _Decoder(nn.Module):
 
     def decode(self, x: Tensor, shapes: Sequence[Shape4]) -> Decoded:
         """Decode nodes ``(n, hid)``, each to a shape of its own, in any order."""
-        groups = defaultdict(list)
-        for i, shape in enumerate(shapes):
-            groups[shape].append(i)
-        for shape, members in groups.items():
+        for shape, members in _grouped(shapes).items():
             most = max(1, _BLOCK_BYTES // (4 * math.prod(self.clipped(shape))))
             for start in range(0, len(members), most):
                 some = members[start : start + most]
@@ -107,35 +104,38 @@ class ConvDecoder(_Decoder):
         self.conv = nn.Sequential(layer(4 * hid, 8 * hid), nn.ReLU(), layer(8 * hid, rows))
         self.class_layer_predictor = nn.Sequential(nn.ReLU(), layer(out, num_classes))
 
-    def hidden(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Hidden vectors ``(n, pixels, 8 hid)`` of the pixels of a kernel."""
+    def hidden(self, inputs: Sequence[Tensor], kernels: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Hidden vectors ``(n_i, pixels, 8 hid)`` of the pixels of kernels, for nodes ``(n_i, hid)`` each."""
+        images = partial_linears(self.fc[0], [self._pixels(*kernel) for kernel in kernels], inputs)
+        width = self.conv[0].weight.shape[1]
+        pixels = F.relu(torch.cat([image.view(-1, width) for image in images]))
+        hidden = F.relu(_linear(self.conv[0], pixels))
+        parts = hidden.split([image.numel() // width for image in images])
+        return [part.view(len(x), -1, part.shape[1]) for part, x in zip(parts, inputs, strict=True)]
+
+    def _pixels(self, height: int, width: int) -> View:
+        """The outputs of the first layer that make the pixels of a kernel, pixel by pixel."""
         size = self.max_shape[2]
         rows, columns = window(height, size, self.centred), window(width, size, self.centred)
+        return lambda parameter: parameter.unflatten(0, (-1, size, size))[:, rows, columns].movedim(0, 2)
 
-        def cut(parameter: Tensor) -> Tensor:  # the first layer to these pixels, pixel by pixel
-            image = parameter.unflatten(0, (-1, size, size))[:, rows, columns]
-            return image.movedim(0, 2).flatten(0, 2)
-
-        first = self.fc[0]
-        image = F.relu(F.linear(x, cut(first.weight), cut(first.bias))).unflatten(1, (-1, first.out_features // size**2))
-        return F.relu(_linear(self.conv[0].weight, self.conv[0].bias, image))
-
-    def matrices(self, hidden: Tensor, out: int, into: int) -> Tensor:
-        """The first channels of the weights of pixels, ``(pixels, out * into)``."""
-        most_out, most_into = self.max_shape[:2]
-        weight, bias = self.conv[2].weight.flatten(1), self.conv[2].bias
+    def matrices(self, hidden: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """The first channels of the weights of pixels, ``(pixels_i, out_i * in_i)`` each."""
         if self.rank:
-            split = most_out * self.rank
-            left = F.linear(hidden, weight[: out * self.rank], bias[: out * self.rank])
-            right = F.linear(hidden, *(p[split : split + into * self.rank] for p in (weight, bias)))
-            left, right = left.view(-1, out, self.rank), right.view(-1, into, self.rank)
-            return (left @ right.mT / math.sqrt(self.rank)).flatten(1)
-        if into == most_into:
-            return F.linear(hidden, weight[: out * into], bias[: out * into])
-        weight, bias = (p.unflatten(0, (most_out, most_into))[:out, :into] for p in (weight, bias))
-        if weight.is_cuda or torch.is_grad_enabled() or into * weight.shape[2] < _LARGE_ROWS:
-            return F.linear(hidden, weight.flatten(0, 1), bias.flatten())
-        return torch.cat([F.linear(hidden, *row) for row in zip(weight, bias, strict=True)], dim=1)
+            return [self._product(h, out, into) for h, (out, into) in zip(hidden, sizes, strict=True)]
+        views = [self._channels(out, into) for out, into in sizes]
+        return partial_linears(self.conv[2], views, hidden)
+
+    def _channels(self, out: int, into: int) -> View:
+        most = self.max_shape[:2]
+        return lambda parameter: parameter.unflatten(0, most)[:out, :into]
+
+    def _product(self, hidden: Tensor, out: int, into: int) -> Tensor:
+        split, rank = self.max_shape[0] * self.rank, self.rank
+        views: list[View] = [lambda p: p[: out * rank], lambda p: p[split : split + into * rank]]
+        left, right = partial_linears(self.conv[2], views, [hidden, hidden])
+        product = left.view(-1, out, rank) @ right.view(-1, into, rank).mT
+        return product.flatten(1) / math.sqrt(rank)
 
     def finish(self, image: Tensor, height: int, width: int) -> Tensor:
         """Weights ``(..., height, width)`` from those of the pixels of a kernel, where it is larger than the image."""
@@ -148,30 +148,37 @@ class ConvDecoder(_Decoder):
 
     def forward(self, x: Tensor, shape: Shape4, is_class: bool = False) -> Tensor:
         out, into, height, width = self.clipped(shape)
+        (hidden,) = self.hidden([x], [(1, 1) if is_class else (height, width)])
+        sizes = [(self.max_shape[0] if is_class else out, into)]
+        (matrix,) = self.matrices([hidden.flatten(0, 1)], sizes)
         if is_class:
-            matrix = self.matrices(self.hidden(x, 1, 1)[:, 0], self.max_shape[0], into)
-            last = self.class_layer_predictor[1]
             columns = F.relu(matrix).view(len(x), -1, into).mT
-            return _linear(last.weight, last.bias, columns).mT[..., None, None]
-        matrix = self.matrices(self.hidden(x, height, width).flatten(0, 1), out, into)
+            return _linear(self.class_layer_predictor[1], columns).mT[..., None, None]
         image = matrix.view(len(x), height, width, out, into).permute(0, 3, 4, 1, 2)
         return self.finish(image, *shape[2:])
 
     def decode(self, x: Tensor, shapes: Sequence[Shape4]) -> Decoded:
         clipped = [self.clipped(shape) for shape in shapes]
+        kernels = _grouped([shape[2:] for shape in clipped])
         hidden: dict[int, Tensor] = {}
-        for kernel in dict.fromkeys(shape[2:] for shape in clipped):
-            members = [i for i, shape in enumerate(clipped) if shape[2:] == kernel]
-            hidden |= dict(zip(members, self.hidden(x[members], *kernel), strict=True))
-        groups = defaultdict(list)
-        for i, (out, into, *_) in enumerate(clipped):
-            groups[self._rounded(out, 0), self._rounded(into, 1)].append(i)
-        for (out, into), members in groups.items():
-            for some in _pieces(members, [len(hidden[i]) * out * into * 4 for i in members]):
-                matrices = self.matrices(torch.cat([hidden[i] for i in some]), out, into)
-                for i, matrix in zip(some, matrices.split([len(hidden[i]) for i in some]), strict=True):
-                    image = matrix.view(1, *clipped[i][2:], out, into).permute(0, 3, 4, 1, 2)
-                    yield [i], self.finish(image[:, : clipped[i][0], : clipped[i][1]], *shapes[i][2:])
+        made = self.hidden([x[members] for members in kernels.values()], list(kernels))
+        for members, vectors in zip(kernels.values(), made, strict=True):
+            hidden |= dict(zip(members, vectors, strict=True))
+        groups = _grouped([(self._rounded(out, 0), self._rounded(into, 1)) for out, into, *_ in clipped])
+        pieces = [
+            (size, some)
+            for size, members in groups.items()
+            for some in _pieces(members, [4 * math.prod(size) * len(hidden[i]) for i in members])
+        ]
+        at_once = len(pieces) if torch.is_grad_enabled() else 1
+        for start in range(0, len(pieces), at_once):
+            sizes, members = zip(*pieces[start : start + at_once], strict=True)
+            matrices = self.matrices([torch.cat([hidden[i] for i in some]) for some in members], sizes)
+            for size, some, matrix in zip(sizes, members, matrices, strict=True):
+                for i, part in zip(some, matrix.split([len(hidden[i]) for i in some]), strict=True):
+                    out, into, height, width = clipped[i]
+                    image = part.view(height, width, *size).permute(2, 3, 0, 1)[None, :out, :into]
+                    yield [i], image if (height, width) == shapes[i][2:] else self.finish(image, *shapes[i][2:])
 
     def _rounded(self, channels: int, axis: int) -> int:
         """Channels that are decoded for some: few different numbers make large matrix products."""
@@ -214,6 +221,14 @@ class Decoder1d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Decode embeddings ``(n, hid)``."""
         return self.fc(x).view(len(x), 2, -1)
+
+
+def _grouped(keys: Sequence[Any]) -> dict[Any, list[int]]:
+    """Positions of each key."""
+    groups = defaultdict(list)
+    for i, key in enumerate(keys):
+        groups[key].append(i)
+    return groups
 
 
 def _pieces(members: list[int], sizes: list[int]) -> Iterator[list[int]]:

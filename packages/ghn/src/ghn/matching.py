@@ -10,7 +10,7 @@ from ghn.graph import Graph, NodeInfo, stored_name
 from ghn.shapes import Shape
 
 Kind = Literal["weight", "vector", "class weight", "class bias"]
-_LIGHT = ("weight", "bias", "in_proj_weight", "in_proj_bias", "pos_embedding", "layer_scale")
+_LIGHT = {"weight", "bias", "in_proj_weight", "in_proj_bias", "pos_embedding", "layer_scale"}
 """Attributes of modules that hold a shape instead of a tensor in light-weight networks."""
 _WITHOUT_PARAMETER = ("input", "sum", "concat", "max_pool", "avg_pool", "glob_avg", "msa", "cse")
 
@@ -20,11 +20,7 @@ class Slot(NamedTuple):
 
     module: nn.Module
     attribute: str
-
-    @property
-    def content(self) -> Tensor | Sequence[int]:
-        """The parameter, or its shape."""
-        return getattr(self.module, self.attribute)
+    content: Tensor | Sequence[int]
 
     @property
     def shape(self) -> Shape:
@@ -44,6 +40,8 @@ class Target:
     """Row of the embeddings from which it is predicted."""
     row: int = 0
     """Of the decoder of vectors: 0 for weights of norm layers, 1 for biases."""
+    is_last: bool = False
+    """Whether it belongs to the last layer of the model: the published graphs can take another for the last one."""
 
 
 def parameter_slots(model: nn.Module) -> dict[str, Slot]:
@@ -53,11 +51,19 @@ def parameter_slots(model: nn.Module) -> dict[str, Slot]:
     """
     slots: dict[str, Slot] = {}
     wrapped = model.module if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) else model
-    for prefix, module in wrapped.named_modules(remove_duplicate=False):
+    waiting = [("", wrapped)]
+    while waiting:
+        prefix, module = waiting.pop()
         own = vars(module)
-        names = [name for name, value in module._parameters.items() if value is not None]
-        names += [name for name in _LIGHT if isinstance(own.get(name), list | tuple)]
-        slots |= {f"{prefix}.{name}": Slot(module, name) for name in names}
+        for name, value in module._parameters.items():
+            if value is not None:
+                slots[f"{prefix}.{name}"] = Slot(module, name, value)
+        for name in _LIGHT & own.keys():
+            if isinstance(own[name], list | tuple):
+                slots[f"{prefix}.{name}"] = Slot(module, name, own[name])
+        before = f"{prefix}." if prefix else ""
+        children = [(before + name, child) for name, child in module._modules.items() if child is not None]
+        waiting += reversed(children)
     return slots
 
 
@@ -105,10 +111,10 @@ def _find(name: str, slots: dict[str, Slot]) -> str:
 
 def _targets(name: str, slot: Slot, info: NodeInfo, row: int, slots: dict[str, Slot]) -> list[Target]:
     shape = slot.shape
-    if len(shape) == 1 and info.is_last_bias:
-        return [Target(name, slot, shape, "class bias", row, 1)]
-    if len(shape) > 1 and info.is_last_weight:
-        return [Target(name, slot, shape, "class weight", row)]
+    if info.is_last_bias if len(shape) == 1 else info.is_last_weight:
+        is_last = next(reversed(slots.values())).module is slot.module
+        kind: Kind = "class bias" if len(shape) == 1 else "class weight"
+        return [Target(name, slot, shape, kind, row, int(len(shape) == 1), is_last)]
     is_layer_scale = len(shape) == 3 and shape[1] == shape[2] == 1
     if len(shape) > 1 and not is_layer_scale:
         return [Target(name, slot, shape, "weight", row)]

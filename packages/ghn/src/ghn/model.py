@@ -143,7 +143,7 @@ class GHN(nn.Module):
         tracks = self.training if bn_track_running_stats is None else bn_track_running_stats
         for model in models:
             if reduce_graph:
-                _remove_others(model, {target.slot for target in targets})
+                _remove_others(model, {(target.slot.module, target.slot.attribute) for target in targets})
             if not tracks:
                 use_batch_statistics(model)
         result = models[0] if isinstance(nets, nn.Module) else models
@@ -182,7 +182,7 @@ class GHN(nn.Module):
         if not predict_class_layers:
             targets = [target for target in targets if not target.kind.startswith("class")]
         for target in targets:
-            if target.kind.startswith("class") and target.shape[0] != self.num_classes:
+            if target.kind.startswith("class") and target.is_last and target.shape[0] != self.num_classes:
                 raise ValueError(
                     f"{target.name.removeprefix('.')} has {target.shape[0]} outputs, this hypernetwork predicts "
                     f"{self.num_classes} classes: build the model for these, or pass predict_class_layers=False"
@@ -232,21 +232,23 @@ class GHN(nn.Module):
         nodes = list(dict.fromkeys(target.node for target in targets))
         values = self.decoder_1d(x[nodes])
         values = normalise_vectors(values) if self.weight_norm else values
-        place = {node: i for i, node in enumerate(nodes)}
+        place, rows = {node: 2 * i for i, node in enumerate(nodes)}, values.flatten(0, 1).unbind()
         for target in targets:
-            yield target, crop(values[place[target.node], target.row], target.shape)
+            yield target, crop(rows[place[target.node] + target.row], target.shape)
 
     def _class_layers(
         self, weights: list[Target], biases: list[Target], x: Tensor
     ) -> Iterator[tuple[Target, Tensor]]:
-        for target in weights:
-            into = canonical_shape(target.shape)[1]
-            (source,) = self.decoder(x[target.node, None], (self.max_shape[0], into, 1, 1), is_class=True)
-            yield target, self._scaled(target, source)
-        for target in biases:
-            values = self.bias_class(self.decoder_1d(x[target.node, None]))
+        if weights:
+            into = max(canonical_shape(target.shape)[1] for target in weights)
+            sources = self.decoder(x[[t.node for t in weights]], (self.max_shape[0], into, 1, 1), is_class=True)
+            for target, source in zip(weights, sources, strict=True):
+                yield target, self._scaled(target, source)
+        if biases:
+            values = self.bias_class(self.decoder_1d(x[[t.node for t in biases]]))
             values = normalise_vectors(values) if self.weight_norm else values
-            yield target, crop(values[0, target.row], target.shape)
+            for target, value in zip(biases, values[:, 1], strict=True):
+                yield target, crop(value, target.shape)
 
 
 class GHN3(GHN):
@@ -369,7 +371,6 @@ def _check_devices(targets: Sequence[Target]) -> None:
 
 def _overwrite(target: Target, block: Tensor) -> None:
     """Set the values of a parameter that stays the same object."""
-    module, attribute = target.slot
     parameter = target.slot.content
     if not isinstance(parameter, nn.Parameter):  # a light-weight network, or an earlier prediction with gradients
         like = parameter if isinstance(parameter, Tensor) else block
@@ -390,9 +391,9 @@ def _set(slot: Slot, value: Tensor) -> None:
     slot.module._parameters[slot.attribute] = value  # type: ignore[assignment]
 
 
-def _remove_others(model: nn.Module, predicted: set[Slot]) -> None:
+def _remove_others(model: nn.Module, predicted: set[tuple[nn.Module, str]]) -> None:
     for module in model.modules():
-        if getattr(module, "weight", None) is not None and Slot(module, "weight") not in predicted:
+        if getattr(module, "weight", None) is not None and (module, "weight") not in predicted:
             module.weight = None  # type: ignore[assignment]
             if hasattr(module, "bias"):
                 module.bias = None  # type: ignore[assignment]

@@ -42,6 +42,8 @@ def crop(
         A tensor of as many axes as ``shape``, along none larger.
     """
     rank = len(shape)
+    if rank == source.ndim and (rank == 1 or source.shape[2:] == shape[2:]):  # by far most
+        return source[: shape[0]] if rank == 1 else source[: shape[0], : shape[1]]
     if source.ndim == 4 and rank <= 2:
         middle = [0, 0] if first_pixel else [n // 2 for n in source.shape[2:]]
         source = source[:, :, middle[0], middle[1]]
@@ -70,9 +72,11 @@ def tile_into(out: Tensor, block: Tensor) -> None:
         out: Tensor with as many axes as ``block``, along none smaller; of any dtype and device.
         block: What is repeated.
     """
+    if out.ndim == 1 and out.shape[0] % block.shape[0] == 0:  # the same at once: there are many of these
+        out.unflatten(0, (-1, block.shape[0])).copy_(block)
+        return
     out[tuple(map(slice, block.shape))].copy_(block)
-    for axis in reversed(range(out.ndim)):
-        size, total = block.shape[axis], out.shape[axis]
+    for axis, (size, total) in reversed(list(enumerate(zip(block.shape, out.shape, strict=True)))):
         if size == total:
             continue
         part = out[tuple(map(slice, block.shape[:axis]))]
