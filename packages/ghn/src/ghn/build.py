@@ -1,15 +1,17 @@
 """From a model to the nodes and edges of its graph."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any, Literal
 
 from torch import nn
 from torchvision.models import SqueezeNet, SwinTransformer, VisionTransformer
+from torchvision.models.swin_transformer import PatchMergingV2
 
 from ghn import ghn3, ppuda, support
 from ghn.draft import Draft, Record, draft_of
-from ghn.trace import trace
+from ghn.trace import Trace, trace
 
 Dialect = Literal["ghn3", "ppuda"]
 
@@ -39,36 +41,74 @@ def nodes_of(
 ) -> Nodes:
     """Trace a model into a graph; see :class:`ghn.Graph` for the arguments and errors."""
     record = trace(model, example_inputs)
+    supported = support.extended if extended else support.published
     if dialect == "ppuda":
         supported = support.published_ppuda
         draft = _ppuda(draft_of(record, 1, lambda owner: supported(owner) is not None, whole_slices=True))
+    elif compat:
+        draft, _ = _ghn3(draft_of(record), model, supported, compat=True)
     else:
-        supported = support.extended if extended else support.published
-        draft = draft_of(record)
-        _ghn3(draft, model, supported)
+        draft = _right(record, model, supported)
     types = [_type_of(entry, supported) for entry in draft.records]
     params = [None if entry.is_op else entry.name for entry in draft.records]
-    last_weight = len(draft) - 2
-    shapes = [_shape_of(entry, kind, i == last_weight) for i, (entry, kind) in enumerate(zip(draft.records, types))]
+    last = class_weight(params, compat=compat)
+    shapes = [
+        _shape_of(entry, kind, i == last) for i, (entry, kind) in enumerate(zip(draft.records, types, strict=True))
+    ]
     return Nodes(types, params, shapes, draft.edges())
 
 
-def _ghn3(draft: Draft, model: nn.Module, supported: support.Support) -> None:
+def class_weight(params: Sequence[str | None], *, compat: bool) -> int:
+    """Position of the classification layer's weight: before the last bias, or last if the layer has none (a fix)."""
+    last = params[-1] if params else None
+    return len(params) - (1 if last is not None and ".weight" in last and not compat else 2)
+
+
+def _right(record: Trace, model: nn.Module, supported: support.Support) -> Draft:
+    """The published graph, or, where that is wrong, one in which data enters every linear layer at its weight."""
+    draft, loose = _ghn3(draft_of(record, shared_once=True), model, supported, compat=False)
+    if loose:
+        draft = draft_of(record, shared_once=True)
+        ghn3.feed_weights(draft, loose)
+        draft, _ = _ghn3(draft, model, supported, compat=False)
+    if draft.records[0] is not _INPUT or any(a >= b for a, b in draft.edges() if draft.records[a] is not _INPUT):
+        raise ValueError(f"the graph of {type(model).__name__} has a cycle; compat=True gives it in no order")
+    return draft
+
+
+def _ghn3(draft: Draft, model: nn.Module, supported: support.Support, *, compat: bool) -> tuple[Draft, set[str]]:
+    """Turn an autograd record into a graph of the published kind.
+
+    Returns:
+        The graph, and the weights into which data should flow but does not. If it has a cycle, its nodes are not sorted.
+    """
+    fed = ghn3.fed_weights(draft)
     ghn3.filter_nodes(draft, supported)
     ghn3.repair_weights(draft)
     ghn3.repair_softmax(draft)
-    if isinstance(model, SwinTransformer):
+    # The published repair for Swin takes the order of version 1 for granted, and makes cycles in version 2.
+    if isinstance(model, SwinTransformer) and (
+        compat or not any(isinstance(m, PatchMergingV2) for m in model.modules())
+    ):
         ghn3.repair_swin(draft)
     ghn3.filter_joins(draft, ghn3.in_degrees(draft))
+    if not compat:
+        ghn3.filter_gates(draft)
     source = draft.add(_INPUT)
+    if not compat:  # ahead of other sources, such as class tokens
+        draft.rearrange([source, *range(source)])
+        source = 0
+    loose = set()
     for i, record in enumerate(draft.records):
         if not record.is_op and "weight" in support.own_name(record) and not draft.before[i]:
             draft.connect(source, i)
+            loose |= {record.name} & fed
     draft.sort()
     if isinstance(model, VisionTransformer) or hasattr(model, "_n_cells"):
         add_position_sums(draft, supported)
     if isinstance(model, SqueezeNet):
         draft.records[-3:] = [draft.records[-1], *draft.records[-3:-1]]
+    return draft, loose
 
 
 def _ppuda(draft: Draft) -> Draft:
@@ -102,9 +142,9 @@ def _type_of(record: Record, supported: support.Support) -> str:
     if record.is_op:
         kind = support.operation_of(record)
         return "msa" if kind == "Clone" else support.OPERATIONS.get(kind, "sum")
-    kind = supported(record)
-    assert kind is not None, record.name
-    return kind
+    found = supported(record)
+    assert found is not None, record.name
+    return found
 
 
 def _shape_of(record: Record, kind: str, is_last_weight: bool) -> tuple[int, ...] | None:

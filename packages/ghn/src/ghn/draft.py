@@ -33,6 +33,7 @@ class Draft:
         self.after: list[set[int]] = []
 
     def __len__(self) -> int:
+        """Number of nodes."""
         return len(self.records)
 
     def add(self, record: Record) -> int:
@@ -122,6 +123,7 @@ def draft_of(
     keep: Callable[[Owner], bool] = lambda owner: True,
     *,
     whole_slices: bool = False,
+    shared_once: bool = False,
 ) -> Draft:
     """The autograd record as a graph, from the outputs back to the inputs, in the published order.
 
@@ -133,8 +135,10 @@ def draft_of(
         roots: How many of the outputs to follow; default: all.
         keep: Whether a parameter gets a node.
         whole_slices: Count slices of a whole axis, which PyTorch 2.0 recorded: ``x[:, :, 1:]`` as three slices.
+        shared_once: Let data enter a parameter that is used repeatedly at its first use alone, so that no cycle arises.
     """
     draft, place = Draft(), {}
+    first = _first_uses(trace) if shared_once else {}
     ends: dict[Any, tuple[int, int]] = {}  # of each function: where data enters and leaves
     waiting = list(reversed(trace.roots[:roots]))
     while waiting:
@@ -143,7 +147,7 @@ def draft_of(
             continue
         below = trace.children[function]
         leaves = [child for child in below if child in trace.leaves]
-        shown = [leaf for leaf in leaves if keep(trace.leaves[leaf])]
+        shown = [leaf for leaf in leaves if keep(trace.leaves[leaf]) and first.get(leaf, function) is function]
         if function in trace.leaves:  # an output that is a parameter
             shown = [function]
         for leaf in shown:
@@ -167,12 +171,21 @@ def draft_of(
             leaving = ends[child][1]
             if leaving == entry:
                 continue
-            owner = trace.leaves.get(child)
-            if owner is not None and "bias" in owner.name:
+            owned = first.get(child, function) is function
+            if owned and child in trace.leaves and "bias" in trace.leaves[child].name.rpartition(".")[2]:
                 draft.connect(entry, leaving)
             else:
                 draft.connect(leaving, entry)
     return draft
+
+
+def _first_uses(trace: Trace) -> dict[Any, Any]:
+    """For each parameter that several functions read, the one that was called first."""
+    users: dict[Any, list[Any]] = {}
+    for function, below in trace.children.items():
+        for leaf in set(below) & trace.leaves.keys():
+            users.setdefault(leaf, []).append(function)
+    return {leaf: min(found, key=lambda f: f._sequence_nr()) for leaf, found in users.items() if len(found) > 1}
 
 
 def _unrecorded(function: Any, below: list[Any]) -> int:  # noqa: ANN401

@@ -30,6 +30,11 @@ def filter_joins(draft: Draft, degrees: dict[Record, int]) -> None:
         draft.remove([i for i in _with(draft, prefix) if degrees[draft.records[i]] < 2])
 
 
+def filter_gates(draft: Draft) -> None:
+    """Take out multiplications of one value with constants, which are no gates."""
+    draft.remove([i for i in _with(draft, "Mul") if len(draft.before[i]) < 2])
+
+
 def in_degrees(draft: Draft) -> dict[Record, int]:
     """Number of edges that enter each node."""
     return {record: len(near) for record, near in zip(draft.records, draft.before, strict=True)}
@@ -58,6 +63,47 @@ def _gates(names: list[str], i: int) -> bool:
         or names[i - 3].startswith(("relu", "mean"))
         or names[i + 1].startswith(("hard", "sigmoid", "relu"))
     )
+
+
+_PRODUCTS = ("Mm", "Addmm", "Bmm", "Baddbmm", "Linear", "Mv", "Addmv")
+
+
+def fed_weights(draft: Draft) -> set[str]:
+    """Weights that are multiplied with something that has a node."""
+    return {record.name for i, record in enumerate(draft.records) if _product(draft, i) is not None}
+
+
+def _product(draft: Draft, i: int) -> int | None:
+    """The operation that multiplies a linear layer's weight with data, the first one if it is shared."""
+    record = draft.records[i]
+    if record.is_op or "weight" not in own_name(record) or draft.before[i]:
+        return None
+    found = [o for o in draft.after[i] if draft.records[o].name.startswith(_PRODUCTS) and len(draft.before[o]) > 1]
+    return min(found, key=lambda o: draft.records[o].function._sequence_nr(), default=None)
+
+
+def feed_weights(draft: Draft, names: set[str]) -> None:
+    """Let data enter these linear layers at their weights: predecessors -> weight -> (bias ->) product."""
+    for i, record in enumerate(draft.records):
+        product = _product(draft, i) if record.name in names else None
+        if product is None:
+            continue
+        for a in tuple(draft.before[product] - {i}):
+            bias = _bias_behind(draft, a, record)
+            if bias is not None:
+                draft.connect(i, bias)
+                draft.disconnect(i, product)
+            else:
+                draft.disconnect(a, product)
+                draft.connect(a, i)
+
+
+def _bias_behind(draft: Draft, i: int, weight: Record) -> int | None:
+    """The bias of the weight's layer from which a value is computed, if it is computed from nothing else."""
+    while draft.records[i].is_op and len(draft.before[i]) == 1:
+        (i,) = draft.before[i]
+    record = draft.records[i]
+    return i if record.module is weight.module and "bias" in own_name(record) else None
 
 
 def repair_weights(draft: Draft) -> None:

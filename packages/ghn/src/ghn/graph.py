@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ghn.build import Dialect, Nodes, nodes_of
+from ghn.build import Dialect, Nodes, class_weight, nodes_of
 from ghn.distances import path_lengths
 from ghn.primitives import PRIMITIVE_ID, PRIMITIVES
 from ghn.trace import expected_input_size
@@ -88,7 +88,7 @@ class Graph:
             found = nodes_of(model, example_inputs, dialect=dialect, compat=compat, extended=extended)
             self.expected_input_sz = expected_input_size(model)
             cells = getattr(model, "_n_cells", 1)
-            self._fill(found, ve_cutoff=ve_cutoff, n_cells=cells, list_all_nodes=list_all_nodes, dialect=dialect)
+            self._fill(found, ve_cutoff, cells, list_all_nodes, dialect, compat)
             return
         if node_feat is None or (A is None) == (edges is None):
             raise ValueError("Graph needs a model, or node_feat together with one of A and edges")
@@ -135,15 +135,17 @@ class Graph:
         self.net_args = self.net_idx = self.expected_input_sz = None
         sizes = [None if shape is None else tuple(shape) for shape in shapes]
         nodes = Nodes(list(types), list(params), sizes, [(int(a), int(b)) for a, b in edges])
-        self._fill(nodes, ve_cutoff=ve_cutoff, n_cells=n_cells, list_all_nodes=list_all_nodes, dialect=dialect)
+        self._fill(nodes, ve_cutoff, n_cells, list_all_nodes, dialect, compat=False)
         return self
 
-    def _fill(self, nodes: Nodes, *, ve_cutoff: int, n_cells: int, list_all_nodes: bool, dialect: Dialect) -> None:
+    def _fill(
+        self, nodes: Nodes, ve_cutoff: int, n_cells: int, list_all_nodes: bool, dialect: Dialect, compat: bool
+    ) -> None:
         self.node_types, self.node_params, self.node_shapes = nodes.types, nodes.params, nodes.shapes
         self.node_feat = torch.tensor([[PRIMITIVE_ID[name]] for name in nodes.types])
         pairs = np.array(nodes.edges, dtype=np.int64).reshape(-1, 2)
         self._set_distances(torch.from_numpy(path_lengths(self.n_nodes, pairs, ve_cutoff)))
-        self.node_info = describe(self, n_cells, list_all_nodes, dialect)
+        self.node_info = describe(nodes, n_cells, list_all_nodes, dialect, compat)
 
     def _set_distances(self, lengths: Tensor) -> None:
         if lengths.shape != (self.n_nodes, self.n_nodes):
@@ -173,21 +175,23 @@ class Graph:
         return self.distances
 
     def __repr__(self) -> str:
+        """The graph in numbers."""
         flow = int((self.edges[:, 2] == 1).sum())
         return f"Graph({self.n_nodes} nodes, {flow} edges, {len(self.edges) - flow} virtual edges)"
 
 
-def describe(graph: Graph, n_cells: int, list_all_nodes: bool, dialect: Dialect) -> list[list[NodeInfo]]:
+def describe(nodes: Nodes, n_cells: int, list_all_nodes: bool, dialect: Dialect, compat: bool) -> list[list[NodeInfo]]:
     """Sort the nodes that carry a parameter or pool into cells, with their names in the published spelling."""
     cells: list[list[NodeInfo]] = [[] for _ in range(n_cells)]
-    cell, last = 0, graph.n_nodes - 1
-    for i, (kind, param, shape) in enumerate(zip(graph.node_types, graph.node_params, graph.node_shapes, strict=True)):
+    cell, last = 0, len(nodes.types) - 1
+    last_weight = class_weight(nodes.params, compat=compat or dialect == "ppuda")
+    any_name = dialect == "ppuda"
+    for i, (kind, param, shape) in enumerate(zip(nodes.types, nodes.params, nodes.shapes, strict=True)):
         name = kind if param is None else stored_name(param)
         cell = _cell_of(name, n_cells, cell)
         if param is not None or kind.endswith("pool") or list_all_nodes:
-            loose = dialect == "ppuda"
-            is_weight = i == last - 1 and (loose or ".weight" in name)
-            is_bias = i == last and (loose or ".bias" in name)
+            is_weight = i == last_weight and (any_name or ".weight" in name)
+            is_bias = i == last and (any_name or ".bias" in name)
             cells[cell].append(NodeInfo(i, name, kind, shape, is_weight, is_bias))
     return cells
 
@@ -341,10 +345,13 @@ class GraphBatch:
         ]
 
     def __getitem__(self, i: int) -> Graph:
+        """One graph."""
         return self.graphs[i]
 
     def __len__(self) -> int:
+        """Number of graphs."""
         return len(self.graphs)
 
     def __iter__(self) -> Iterator[Graph]:
+        """The graphs in order."""
         return iter(self.graphs)

@@ -34,7 +34,7 @@ def operation_of(record: Record) -> str:
     return record.name.partition("Backward")[0]
 
 
-def _is_called(module: nn.Module, *names: str) -> bool:
+def _is_called(module: nn.Module | None, *names: str) -> bool:
     return any(cls.__name__ in names for cls in type(module).__mro__)
 
 
@@ -50,7 +50,7 @@ def published(owner: Owner | Record) -> str | None:
         return None
     if isinstance(module, nn.Conv2d | nn.Linear | nn.MultiheadAttention) or _is_called(module, "Conv1D"):
         return _convolution(owner)
-    return _table_or_norm(owner, nn.LayerNorm)
+    return _table_or_norm(owner)
 
 
 def published_ppuda(owner: Owner | Record) -> str | None:
@@ -61,7 +61,7 @@ def published_ppuda(owner: Owner | Record) -> str | None:
     if type(module) in (nn.Conv2d, nn.Linear):
         return _convolution(owner)
     if type(module) in (nn.BatchNorm2d, nn.LayerNorm, LayerNorm2d) or type(module).__name__ == "PosEnc":
-        return _table_or_norm(owner, nn.LayerNorm)
+        return _table_or_norm(owner)
     return None
 
 
@@ -91,14 +91,14 @@ def _convolution(owner: Owner | Record) -> str:
     if getattr(owner.module, "groups", 1) == 1:
         return "conv"
     dilation = owner.module.dilation  # type: ignore[union-attr]
-    return "dil_conv" if min(dilation) > 1 else "sep_conv"  # type: ignore[arg-type, type-var]
+    return "dil_conv" if min(dilation) > 1 else "sep_conv"  # type: ignore[arg-type]
 
 
-def _table_or_norm(owner: Owner | Record, layer_norm: type[nn.Module]) -> str | None:
+def _table_or_norm(owner: Owner | Record) -> str | None:
     module = owner.module
     if isinstance(module, nn.BatchNorm2d):
         return "bn"
-    if isinstance(module, layer_norm):
+    if isinstance(module, nn.LayerNorm):
         return "ln"
     tables = (nn.Embedding, torchvision.models.vision_transformer.Encoder)
     return "pos_enc" if isinstance(module, tables) or _is_called(module, "PosEnc") else None

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_map_only
 
-from ghn.emptybatch import EmptyBatch
+from ghn.emptybatch import EmptyBatch, run_recurrent
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:  # noqa: ANN40
     Raises:
         ValueError: The model has no parameters, or its forward fails on the input (the message names it).
     """
-    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedTensorMixin)]
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
     if lazy:
         raise ValueError(f"parameter {lazy[0]!r} has no shape yet: call the model once before")
     named = [(name, module) for name, module in model.named_modules()]
@@ -92,7 +92,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:  # noqa: ANN40
     for stand_in, change, context in _ways(model, call):
         try:
             found = _record(model, named, stand_in, call.map(change), context)
-        except Exception as error:  # whatever the model's own code raises
+        except Exception as error:  # noqa: BLE001 (whatever the model's own code raises)
             problem = problem or error
             continue
         if best is None or len(found.leaves) > len(best.leaves):
@@ -125,10 +125,17 @@ def _ways(model: nn.Module, call: Call) -> Iterator[Way]:
     if call.guessed:
         yield _on_cpu, lambda x: x.new_empty(0, *x.shape[1:], device="cpu"), EmptyBatch
     to_meta = partial(torch.empty_like, device="meta")
-    yield to_meta, lambda x: x.to("meta"), partial(torch.device, "meta")
+    yield to_meta, lambda x: x.to("meta"), _on_meta
     if not first.is_meta:
         real = partial(torch.randn_like, device=first.device) if call.guessed else lambda x: x.to(first.device)
         yield lambda t: t.detach(), real, nullcontext
+
+
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    """New tensors have no values, and slow operations stand-ins."""
+    with torch.device("meta"), EmptyBatch():
+        yield
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
@@ -154,7 +161,7 @@ def _record(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(context())
         output = model.get_var() if hasattr(model, "get_var") else model(*call.args, **call.kwargs)  # type: ignore[operator]
-        roots = [get_gradient_edge(tensor).node for tensor in _tensors(output) if tensor.requires_grad]
+        roots = [get_gradient_edge(tensor).node for tensor in output_tensors(output) if tensor.requires_grad]
         if not roots:
             raise ValueError("no parameter reaches the output")
         return _collect(roots, owners)
@@ -180,10 +187,10 @@ def _replaced(
     named: list[tuple[str, nn.Module]], stand_in: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[dict[int, Owner], list[Tensor]]]:
     """Put other tensors in the place of a model's own; on leaving, undo whatever the call did to its modules."""
-    before = [
-        (module, dict(module.__dict__), dict(module._parameters), dict(module._buffers), dict(module._modules))
-        for _, module in named
-    ]
+    contents: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for _, module in named:
+        for content in (module.__dict__, module._parameters, module._buffers, module._modules):
+            contents.append((content, dict(content)))
     new: dict[int, Tensor] = {}
     owners: dict[int, Owner] = {}
 
@@ -203,7 +210,7 @@ def _replaced(
         for path, module in named:
             for name, value in module._parameters.items():
                 if value is not None:
-                    module._parameters[name] = made = replaced(value)
+                    module._parameters[name] = made = replaced(value)  # type: ignore[assignment]
                     owners[id(made)] = Owner(f"{path}.{name}", module, tuple(value.shape))
             for name, value in module._buffers.items():
                 module._buffers[name] = replaced(value, copy=True)
@@ -211,15 +218,12 @@ def _replaced(
                 if isinstance(value, Tensor):
                     module.__dict__[name] = replaced(value, copy=True)
             if isinstance(module, nn.RNNBase):
-                module._flat_weights = [replaced(weight) for weight in module._flat_weights]
+                module.__dict__["forward"] = partial(run_recurrent, module)
         yield owners, list(new.values())
     finally:
-        for module, attributes, *contents in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for kind, content in zip((module._parameters, module._buffers, module._modules), contents, strict=True):
-                kind.clear()
-                kind.update(content)  # type: ignore[arg-type]
+        for content, before in contents:
+            content.clear()
+            content.update(before)
 
 
 @contextmanager
@@ -234,19 +238,19 @@ def _same_random_state(device: torch.device) -> Iterator[None]:
             np.random.set_state(numpys)  # noqa: NPY002
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:  # noqa: ANN401
+def output_tensors(output: Any) -> Iterator[Tensor]:  # noqa: ANN401
     """Tensors of an output, in order."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
         for value in output.values():
-            yield from _tensors(value)
+            yield from output_tensors(value)
     elif isinstance(output, tuple | list):
         for value in output:
-            yield from _tensors(value)
+            yield from output_tensors(value)
     elif is_dataclass(output):
         for field in fields(output):
-            yield from _tensors(getattr(output, field.name))
+            yield from output_tensors(getattr(output, field.name))
 
 
 def _in_words(value: Any) -> str:  # noqa: ANN401

@@ -25,7 +25,9 @@ def make_norm(norm: str | None, channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels, track_running_stats="track" in norm)
 
 
-def _conv(c_in: int, c_out: int, k: int, stride: int = 1, *, padding: int | None = None, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
+def _conv(
+    c_in: int, c_out: int, k: int, stride: int = 1, *, padding: int | None = None, groups: int = 1, dilation: int = 1
+) -> nn.Conv2d:
     padding = k // 2 if padding is None else padding
     return nn.Conv2d(c_in, c_out, k, stride, padding, dilation, groups, bias=False)
 
