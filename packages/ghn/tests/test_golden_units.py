@@ -62,9 +62,8 @@ def test_decoders_give_the_published_weights(golden, kind):
         golden_part = arrays[name][..., None, None] if is_class else arrays[name]
         common = golden_part[:, : made.shape[1], :into, :height, :width]
         assert_close(made[..., : common.shape[-2], : common.shape[-1]], common, "float32", name)
-        if not is_class:
-            for members, images in decoder.decode(nodes, [shape] * len(nodes)):
-                torch.testing.assert_close(images, made[members], rtol=1e-12, atol=1e-12)
+        for members, images in decoder.decode(nodes, [shape] * len(nodes), [is_class] * len(nodes)):
+            torch.testing.assert_close(images, made[members], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.golden(UNITS, cases="tiling.cases")

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,9 @@ from ghn.shapes import Shape4
 _BLOCK_BYTES = 2**25
 """Memory for the weights that are decoded at once."""
 
+
+_READ_PIXELS = 20
+"""Pixels for which the last layer can be computed in the time that reading it takes."""
 
 Decoded = Iterator[tuple[list[int], Tensor]]
 """Positions of some nodes, and the weights ``(nodes, out, in, height, width)`` decoded for them."""
@@ -58,13 +61,11 @@ class _Decoder(nn.Module):
         """
         raise NotImplementedError
 
-    def decode(self, x: Tensor, shapes: Sequence[Shape4]) -> Decoded:
-        """Decode nodes ``(n, hid)``, each to a shape of its own, in any order."""
-        for shape, members in _grouped(shapes).items():
-            most = max(1, _BLOCK_BYTES // (4 * math.prod(self.clipped(shape))))
-            for start in range(0, len(members), most):
-                some = members[start : start + most]
-                yield some, self(x[some], shape)
+    def decode(self, x: Tensor, shapes: Sequence[Shape4], is_class: Sequence[bool]) -> Decoded:
+        """Decode nodes ``(n, hid)``, each to a shape of its own or to a classification layer, in any order."""
+        for (shape, of_class), members in _grouped(list(zip(shapes, is_class, strict=True))).items():
+            for some in _pieces(members, [4 * math.prod(self.clipped(shape))] * len(members)):
+                yield some, self(x[some], shape, of_class)
 
 
 class ConvDecoder(_Decoder):
@@ -137,53 +138,68 @@ class ConvDecoder(_Decoder):
         product = left.view(-1, out, rank) @ right.view(-1, into, rank).mT
         return product.flatten(1) / math.sqrt(rank)
 
-    def finish(self, image: Tensor, height: int, width: int) -> Tensor:
-        """Weights ``(..., height, width)`` from those of the pixels of a kernel, where it is larger than the image."""
-        if image.shape[-2:] == (height, width):
+    def finish(self, image: Tensor, shape: Shape4, is_class: bool) -> Tensor:
+        """Weights from what was computed, ``(n, out, in, height, width)``: classes, and kernels beyond the image."""
+        if is_class:
+            columns = F.relu(image[..., 0, 0]).mT
+            return _linear(self.class_layer_predictor[1], columns).mT[..., None, None]
+        if image.shape[-2:] == shape[2:]:
             return image
         if self.periodic:
-            rows, columns = (torch.arange(n, device=image.device) % m for n, m in zip((height, width), image.shape[-2:]))
-            return image[..., rows[:, None], columns]
-        return F.interpolate(image.flatten(0, 1), (height, width), mode="bilinear").view(*image.shape[:3], height, width)
+            return _repeated(image, shape)
+        return F.interpolate(image.flatten(0, 1), shape[2:], mode="bilinear").view(*image.shape[:3], *shape[2:])
 
     def forward(self, x: Tensor, shape: Shape4, is_class: bool = False) -> Tensor:
-        out, into, height, width = self.clipped(shape)
-        (hidden,) = self.hidden([x], [(1, 1) if is_class else (height, width)])
-        sizes = [(self.max_shape[0] if is_class else out, into)]
-        (matrix,) = self.matrices([hidden.flatten(0, 1)], sizes)
-        if is_class:
-            columns = F.relu(matrix).view(len(x), -1, into).mT
-            return _linear(self.class_layer_predictor[1], columns).mT[..., None, None]
+        out, into, height, width = self._computed(shape, is_class)
+        (hidden,) = self.hidden([x], [(height, width)])
+        (matrix,) = self.matrices([hidden.flatten(0, 1)], [(out, into)])
         image = matrix.view(len(x), height, width, out, into).permute(0, 3, 4, 1, 2)
-        return self.finish(image, *shape[2:])
+        return self.finish(image, shape, is_class)
 
-    def decode(self, x: Tensor, shapes: Sequence[Shape4]) -> Decoded:
-        clipped = [self.clipped(shape) for shape in shapes]
-        kernels = _grouped([shape[2:] for shape in clipped])
+    def decode(self, x: Tensor, shapes: Sequence[Shape4], is_class: Sequence[bool]) -> Decoded:
+        computed = [self._computed(*request) for request in zip(shapes, is_class, strict=True)]
+        kernels = _grouped([shape[2:] for shape in computed])
         hidden: dict[int, Tensor] = {}
         made = self.hidden([x[members] for members in kernels.values()], list(kernels))
         for members, vectors in zip(kernels.values(), made, strict=True):
             hidden |= dict(zip(members, vectors, strict=True))
-        groups = _grouped([(self._rounded(out, 0), self._rounded(into, 1)) for out, into, *_ in clipped])
         pieces = [
             (size, some)
-            for size, members in groups.items()
+            for size, members in self._groups(computed, hidden).items()
             for some in _pieces(members, [4 * math.prod(size) * len(hidden[i]) for i in members])
         ]
         at_once = len(pieces) if torch.is_grad_enabled() else 1
-        for start in range(0, len(pieces), at_once):
+        for start in range(0, len(pieces), max(1, at_once)):
             sizes, members = zip(*pieces[start : start + at_once], strict=True)
             matrices = self.matrices([torch.cat([hidden[i] for i in some]) for some in members], sizes)
             for size, some, matrix in zip(sizes, members, matrices, strict=True):
                 for i, part in zip(some, matrix.split([len(hidden[i]) for i in some]), strict=True):
-                    out, into, height, width = clipped[i]
+                    out, into, height, width = computed[i]
                     image = part.view(height, width, *size).permute(2, 3, 0, 1)[None, :out, :into]
-                    yield [i], image if (height, width) == shapes[i][2:] else self.finish(image, *shapes[i][2:])
+                    yield [i], self.finish(image, shapes[i], is_class[i])
+
+    def _computed(self, shape: Shape4, is_class: bool) -> Shape4:
+        """What is computed for a tensor; for a classification layer one pixel of all output channels."""
+        out, into, height, width = self.clipped(shape)
+        return (self.max_shape[0], into, 1, 1) if is_class else (out, into, height, width)
+
+    def _groups(self, shapes: Sequence[Shape4], hidden: Mapping[int, Tensor]) -> dict[tuple[int, int], list[int]]:
+        """Nodes for which the same channels are computed.
+
+        Few different numbers of channels make large matrix products, and a group that is small compared to the part of
+        the last layer that would be read for it goes with those that need all of it.
+        """
+        groups = _grouped([(self._rounded(out, 0), self._rounded(into, 1)) for out, into, *_ in shapes])
+        whole = self.max_shape[:2]
+        for size in [size for size in groups if size != whole and whole in groups]:
+            pixels, part = sum(len(hidden[i]) for i in groups[size]), math.prod(size)
+            if pixels * (math.prod(whole) - part) < _READ_PIXELS * part:
+                groups[whole] += groups.pop(size)
+        return groups
 
     def _rounded(self, channels: int, axis: int) -> int:
-        """Channels that are decoded for some: few different numbers make large matrix products."""
         largest = self.max_shape[axis]
-        step = max(1, largest // 8)
+        step = max(1, largest // 8) if channels > 4 else 1
         return min(-(-channels // step) * step, largest)
 
 
@@ -207,8 +223,7 @@ class MlpDecoder(_Decoder):
             p.unflatten(0, self.max_shape)[:out, :into, :height, :width].flatten(0, 3) for p in (last.weight, last.bias)
         )
         values = F.linear(hidden, weight, bias).view(len(x), out, into, height, width)
-        rows, columns = (torch.arange(n, device=x.device) % m for n, m in zip(shape[2:], (height, width), strict=True))
-        return values if (height, width) == shape[2:] else values[..., rows[:, None], columns]
+        return values if (height, width) == shape[2:] else _repeated(values, shape)
 
 
 class Decoder1d(nn.Module):
@@ -223,6 +238,12 @@ class Decoder1d(nn.Module):
         return self.fc(x).view(len(x), 2, -1)
 
 
+def _repeated(image: Tensor, shape: Shape4) -> Tensor:
+    """An image repeated to a larger kernel."""
+    rows, columns = (torch.arange(n, device=image.device) % m for n, m in zip(shape[2:], image.shape[-2:], strict=True))
+    return image[..., rows[:, None], columns]
+
+
 def _grouped(keys: Sequence[Any]) -> dict[Any, list[int]]:
     """Positions of each key."""
     groups = defaultdict(list)
@@ -233,12 +254,10 @@ def _grouped(keys: Sequence[Any]) -> dict[Any, list[int]]:
 
 def _pieces(members: list[int], sizes: list[int]) -> Iterator[list[int]]:
     """Consecutive members whose sizes in bytes add up to little."""
-    piece: list[int] = []
-    total = 0
-    for member, size in zip(members, sizes, strict=True):
-        if piece and total + size > _BLOCK_BYTES:
-            yield piece
-            piece, total = [], 0
-        piece.append(member)
+    start = total = 0
+    for end, size in enumerate(sizes):
+        if total and total + size > _BLOCK_BYTES:
+            yield members[start:end]
+            start, total = end, 0
         total += size
-    yield piece
+    yield members[start:]

@@ -215,11 +215,12 @@ class GHN(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.bias_class[1].weight.dtype)
             yield from self._vectors(kinds.get("vector", []), x)
-            yield from self._class_layers(kinds.get("class weight", []), kinds.get("class bias", []), x)
-            weights = kinds.get("weight", [])
+            yield from self._class_biases(kinds.get("class bias", []), x)
+            weights = kinds.get("weight", []) + kinds.get("class weight", [])
             shapes = [canonical_shape(target.shape) for target in weights]
+            of_class = [target.kind == "class weight" for target in weights]
             rows = x[[target.node for target in weights]]
-            for members, images in self.decoder.decode(rows, shapes) if weights else ():
+            for members, images in self.decoder.decode(rows, shapes, of_class) if weights else ():
                 for i, image in zip(members, images, strict=True):
                     yield weights[i], self._scaled(weights[i], image, generator)
 
@@ -236,18 +237,11 @@ class GHN(nn.Module):
         for target in targets:
             yield target, crop(rows[place[target.node] + target.row], target.shape)
 
-    def _class_layers(
-        self, weights: list[Target], biases: list[Target], x: Tensor
-    ) -> Iterator[tuple[Target, Tensor]]:
-        if weights:
-            into = max(canonical_shape(target.shape)[1] for target in weights)
-            sources = self.decoder(x[[t.node for t in weights]], (self.max_shape[0], into, 1, 1), is_class=True)
-            for target, source in zip(weights, sources, strict=True):
-                yield target, self._scaled(target, source)
-        if biases:
-            values = self.bias_class(self.decoder_1d(x[[t.node for t in biases]]))
+    def _class_biases(self, targets: list[Target], x: Tensor) -> Iterator[tuple[Target, Tensor]]:
+        if targets:
+            values = self.bias_class(self.decoder_1d(x[[target.node for target in targets]]))
             values = normalise_vectors(values) if self.weight_norm else values
-            for target, value in zip(biases, values[:, 1], strict=True):
+            for target, value in zip(targets, values[:, 1], strict=True):
                 yield target, crop(value, target.shape)
 
 
