@@ -128,9 +128,7 @@ def conv_decoder(ghn: GHN, x: Tensor, height: int, width: int) -> Tensor:
     if not large:
         centre = size // 2
         top, left = (max(0, centre - n // 2) if decoder.centred else 0 for n in (height, width))
-        bottom, right = (
-            centre + math.ceil(n / 2) if decoder.centred else n for n in (height, width)
-        )
+        bottom, right = (centre + math.ceil(n / 2) if decoder.centred else n for n in (height, width))
         image = image[:, :, top:bottom, left:right]
     image = image.permute(0, 2, 3, 1)
     image = F.relu(F.linear(image, decoder.conv[0].weight.flatten(1), decoder.conv[0].bias))

@@ -35,7 +35,11 @@ def test_shapes_have_the_published_codes(golden):
 @pytest.mark.golden(UNITS, cases="group_keys")
 def test_groups_have_the_published_keys(golden):
     case = golden.case
-    for key, options in (("key", {}), ("key_if_last_weight", {"last_weight": True}), ("key_if_last_bias", {"last_bias": True})):
+    for key, options in (
+        ("key", {}),
+        ("key_if_last_weight", {"last_weight": True}),
+        ("key_if_last_bias", {"last_bias": True}),
+    ):
         assert list(group_key(case["shape"], tuple(case["max_shape"]), **options)) == case[key]
 
 
@@ -71,7 +75,9 @@ def test_decoders_give_the_published_weights(golden, kind):
 def test_tiling_is_the_published_one(golden, mode):
     case = golden.case[mode]
     source, shape = golden.case["source"], tuple(golden.case["target"])
-    block = crop(torch.arange(float(np.prod(source))).view(source), shape, centred=mode == "ghn3", first_pixel=mode == "ppuda")
+    block = crop(
+        torch.arange(float(np.prod(source))).view(source), shape, centred=mode == "ghn3", first_pixel=mode == "ppuda"
+    )
     out = torch.full(shape, torch.nan)
     tile_into(out, block)
     assert torch.equal(tiled(block, shape), out)

@@ -115,11 +115,12 @@ def _targets(name: str, slot: Slot, info: NodeInfo, row: int, slots: dict[str, S
         is_last = next(reversed(slots.values())).module is slot.module
         kind: Kind = "class bias" if len(shape) == 1 else "class weight"
         return [Target(name, slot, shape, kind, row, int(len(shape) == 1), is_last)]
-    is_layer_scale = len(shape) == 3 and shape[1] == shape[2] == 1
-    if len(shape) > 1 and not is_layer_scale:
+    # An extended graph also has class tokens and scales of layers, which are vectors whatever their rank.
+    is_vector = len(shape) == 1 or (info.primitive in ("bn", "ln", "pos_enc", "bias") and sum(n > 1 for n in shape) < 2)
+    if not is_vector:
         return [Target(name, slot, shape, "weight", row)]
-    targets = [Target(name, slot, shape, "vector", row, int("bias" in slot.attribute))]
+    targets = [Target(name, slot, shape, "vector", row, int(info.primitive not in ("bn", "ln")))]
     partner = name.removesuffix("weight") + "bias"
-    if slot.attribute == "weight" and partner in slots and slots[partner].shape == shape:  # of a norm layer
-        targets.append(Target(partner, slots[partner], shape, "vector", row, 1))
+    if info.primitive in ("bn", "ln") and slot.attribute == "weight" and partner in slots:
+        targets.append(Target(partner, slots[partner], slots[partner].shape, "vector", row, 1))
     return targets

@@ -107,6 +107,8 @@ class GHN(nn.Module):
         keep_grads: bool | None = None,
         reduce_graph: bool = False,
         *,
+        example_inputs: Any = None,  # noqa: ANN401 (whatever the model takes)
+        extended: bool = False,
         generator: torch.Generator | None = None,
     ) -> Any:  # noqa: ANN401 (one model or a list, as given; with embeddings a tuple)
         """Predict the parameters of one model or several, and set them.
@@ -121,6 +123,8 @@ class GHN(nn.Module):
             keep_grads: If True, gradients of the models reach the hypernetwork: parameters become the predicted
                 tensors. If False, the parameters stay and get new values. None: as the hypernetwork's training flag.
             reduce_graph: Set weight and bias of all layers that are not predicted to None.
+            example_inputs: Input for one call of a model that takes no images, see :class:`ghn.Graph`.
+            extended: Also predict parameters of layers that the published code leaves out.
             generator: Draws the class token's row of positional embeddings, which is not predicted.
 
         Returns:
@@ -132,7 +136,7 @@ class GHN(nn.Module):
         """
         models = [nets] if isinstance(nets, nn.Module) else list(nets)
         keep = self.training if keep_grads is None else keep_grads
-        batch = self.graphs_of(models, graphs)
+        batch = self.graphs_of(models, graphs, example_inputs=example_inputs, extended=extended)
         targets, shapes = self.plan(models, batch, predict_class_layers)
         _check_devices(targets)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (keep or return_embeddings)):
@@ -150,7 +154,12 @@ class GHN(nn.Module):
         return (result, x) if return_embeddings else result
 
     def graphs_of(
-        self, models: Sequence[nn.Module], graphs: Graph | GraphBatch | Sequence[Graph] | None = None
+        self,
+        models: Sequence[nn.Module],
+        graphs: Graph | GraphBatch | Sequence[Graph] | None = None,
+        *,
+        example_inputs: Any = None,  # noqa: ANN401
+        extended: bool = False,
     ) -> list[Graph]:
         """Graphs of models in the dialect that this hypernetwork was trained on, unless they are given.
 
@@ -159,7 +168,8 @@ class GHN(nn.Module):
         """
         if graphs is None:
             cutoff = _VIRTUAL_EDGES if self.ve else 1
-            return [Graph(model, dialect=self.dialect, ve_cutoff=cutoff) for model in models]
+            options = {"dialect": self.dialect, "ve_cutoff": cutoff, "extended": extended}
+            return [Graph(model, example_inputs=example_inputs, **options) for model in models]
         given = [graphs] if isinstance(graphs, Graph) else list(graphs)
         if len(given) != len(models):
             raise ValueError(f"{len(given)} graphs for {len(models)} models: give one for each")
@@ -310,20 +320,11 @@ class GHN3(GHN):
         predict_class_layers: bool = True,
         bn_track_running_stats: bool | None = True,
         keep_grads: bool | None = False,
-        reduce_graph: bool = False,
-        *,
-        generator: torch.Generator | None = None,
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        return super().forward(
-            nets,
-            graphs,
-            return_embeddings,
-            predict_class_layers,
-            bn_track_running_stats,
-            keep_grads,
-            reduce_graph,
-            generator=generator,
-        )
+        given = (nets, graphs, return_embeddings, predict_class_layers, bn_track_running_stats, keep_grads)
+        return super().forward(*given, *args, **kwargs)
 
 
 def build(config: Mapping[str, Any]) -> GHN:

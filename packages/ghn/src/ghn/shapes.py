@@ -104,7 +104,9 @@ class ShapeEncoder(nn.Module):
     def _lookup(self, shape: Shape) -> list[int]:
         if shape not in self._known:
             out, into, height, width = canonical_shape(shape)
-            channels = [_nearest(self._channels, 8 if 4 <= n <= 7 and n not in self._channels else n) for n in (out, into)]
+            channels = [
+                _nearest(self._channels, 8 if 4 <= n <= 7 and n not in self._channels else n) for n in (out, into)
+            ]
             kernels = [_nearest(self._kernels, 3 if n == 2 else n) for n in (height, width)]
             self._known[shape] = channels + kernels
         return self._known[shape]

@@ -27,7 +27,12 @@ def normalise_vectors(values: Tensor) -> Tensor:
 
 
 def crop(
-    source: Tensor, shape: Shape, *, centred: bool = True, generator: torch.Generator | None = None, first_pixel: bool = False
+    source: Tensor,
+    shape: Shape,
+    *,
+    centred: bool = True,
+    generator: torch.Generator | None = None,
+    first_pixel: bool = False,
 ) -> Tensor:
     """Part of decoded weights that is repeated to make a parameter.
 
@@ -44,19 +49,22 @@ def crop(
     rank = len(shape)
     if rank == source.ndim and (rank == 1 or source.shape[2:] == shape[2:]):  # by far most
         return source[: shape[0]] if rank == 1 else source[: shape[0], : shape[1]]
-    if source.ndim == 4 and rank <= 2:
+    if source.ndim == 1:
+        axis = max(range(rank), key=shape.__getitem__)
+        source = source.view([-1 if i == axis else 1 for i in range(rank)])
+    elif source.ndim == 4 and rank <= 2:
         middle = [0, 0] if first_pixel else [n // 2 for n in source.shape[2:]]
         source = source[:, :, middle[0], middle[1]]
         source = source[:, 0] if rank == 1 else source
-    elif rank == 3 and source.ndim == 4 and is_position_table(shape):
+    elif rank == 3 and is_position_table(shape):
         source = source.flatten(2).transpose(1, 2)[:, : shape[1], : shape[2]]
         if source.shape[1] < shape[1]:
-            row = torch.randn(1, 1, source.shape[2], generator=generator, device=generator.device if generator else None)
+            row = torch.randn(
+                1, 1, source.shape[2], generator=generator, device=generator.device if generator else None
+            )
             source = torch.cat([0.02 * row.to(source), source], dim=1)
-    elif rank == 3 and shape[1] == shape[2] == 1:
-        source = source.flatten(1)[:, :1, None] if source.ndim > 1 else source[:, None, None]
     elif rank == 3:
-        source = source[:, :, source.shape[2] // 2]
+        source = source[..., source.shape[3] // 2]
     elif rank > 3:
         source = source[(..., *[None] * (4 - source.ndim))]
         rows, columns = (window(n, m, centred) for n, m in zip(shape[-2:], source.shape[2:], strict=True))

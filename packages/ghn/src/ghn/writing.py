@@ -183,4 +183,3 @@ def _write_tiled(out: IO[bytes], block: Tensor, target: Target) -> None:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
