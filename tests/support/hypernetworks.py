@@ -3,8 +3,9 @@
 import math
 
 import torchvision
-from support.golden import fill
 from torch import nn
+
+from support.golden import fill
 
 
 def filled(module: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import plain
 import torch
 import torchvision
-from ghn import GHN3, Graph, GHN
+from ghn import GHN, GHN3, Graph
 from torch import nn
 from tqdm import tqdm
 

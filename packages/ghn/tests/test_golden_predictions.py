@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from ghn import GHN, GHN3, Graph, adjust_net
+from ghn import GHN, GHN3, Graph
+from ghn.adjust import adjust_net
 from support.golden import assert_close
 from support.hypernetworks import filled, torchvision_model
 

@@ -15,9 +15,9 @@ if TYPE_CHECKING:  # what a type checker sees
     from ghn.graph import GraphBatch as GraphBatch
     from ghn.model import GHN as GHN
     from ghn.model import GHN3 as GHN3
-    from ghn.pretrained import from_pretrained as from_pretrained
     from ghn.pretrained import GHN1 as GHN1
     from ghn.pretrained import GHN2 as GHN2
+    from ghn.pretrained import from_pretrained as from_pretrained
     from ghn.pretrained import push as push
     from ghn.pretrained import save_pretrained as save_pretrained
     from ghn.published import get_metadata as get_metadata

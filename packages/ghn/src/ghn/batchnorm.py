@@ -50,7 +50,7 @@ def condition_bn(model: nn.Module, loader: Iterable[Any], batches: int | None = 
         layer.reset_running_stats()
     count = 0
     try:
-        for count, batch in enumerate(loader, start=1):  # noqa: B007
+        for count, batch in enumerate(loader, start=1):
             model(_images(batch).to(next(model.parameters()).device))
             if count == batches:
                 break

@@ -170,9 +170,10 @@ class ConvDecoder(_Decoder):
         ]
         at_once = len(pieces) if torch.is_grad_enabled() else 1
         for start in range(0, len(pieces), max(1, at_once)):
-            sizes, members = zip(*pieces[start : start + at_once], strict=True)
-            matrices = self.matrices([torch.cat([hidden[i] for i in some]) for some in members], sizes)
-            for size, some, matrix in zip(sizes, members, matrices, strict=True):
+            batch = pieces[start : start + at_once]
+            inputs = [torch.cat([hidden[i] for i in some]) for _, some in batch]
+            matrices = self.matrices(inputs, [size for size, _ in batch])
+            for (size, some), matrix in zip(batch, matrices, strict=True):
                 for i, part in zip(some, matrix.split([len(hidden[i]) for i in some]), strict=True):
                     out, into, height, width = computed[i]
                     image = part.view(height, width, *size).permute(2, 3, 0, 1)[None, :out, :into]

@@ -168,7 +168,7 @@ class GHN(nn.Module):
         """
         if graphs is None:
             cutoff = _VIRTUAL_EDGES if self.ve else 1
-            options = {"dialect": self.dialect, "ve_cutoff": cutoff, "extended": extended}
+            options: dict[str, Any] = {"dialect": self.dialect, "ve_cutoff": cutoff, "extended": extended}
             return [Graph(model, example_inputs=example_inputs, **options) for model in models]
         given = [graphs] if isinstance(graphs, Graph) else list(graphs)
         if len(given) != len(models):

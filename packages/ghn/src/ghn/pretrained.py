@@ -56,20 +56,20 @@ def from_pretrained(
         return _built(path, state, {**config, **overrides})
     content = load_untrusted(path)
     config = content.get("config") if isinstance(content, Mapping) else None
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    found = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{path} holds no state dict of a hypernetwork: choose another file")
-    state = _current_names(state)
+    state = _current_names(found)
     given = vars(config) if hasattr(config, "__dict__") else config or {}
     return _built(path, state, {**infer_config(path, state, bare=config is None), **_known(given), **overrides})
 
 
-def GHN1(dataset: Literal["imagenet", "cifar10"] = "imagenet", **options: Any) -> GHN:  # noqa: N802 (published name)
+def GHN1(dataset: Literal["imagenet", "cifar10"] = "imagenet", **options: Any) -> GHN:
     """The published GHN-1 for a data set; options and errors of :func:`from_pretrained`."""
     return from_pretrained(f"ghn1_{_dataset(dataset)}.pt", **options)
 
 
-def GHN2(dataset: Literal["imagenet", "cifar10"] = "imagenet", **options: Any) -> GHN:  # noqa: N802 (published name)
+def GHN2(dataset: Literal["imagenet", "cifar10"] = "imagenet", **options: Any) -> GHN:
     """The published GHN-2 for a data set; options and errors of :func:`from_pretrained`."""
     return from_pretrained(f"ghn2_{_dataset(dataset)}.pt", **options)
 
@@ -126,7 +126,7 @@ def infer_config(path: Path, state: Mapping[str, Tensor], bare: bool = True) -> 
         "hid": hid,
         "heads": 8 if heads is None else len(heads),
         "layers": layers or 3,
-        "dialect": "ghn3" if bare or layers or last.ndim == 2 and not is_mlp else "ppuda",
+        "dialect": "ghn3" if bare or layers or (last.ndim == 2 and not is_mlp) else "ppuda",
         "rank": rank,
     }
 

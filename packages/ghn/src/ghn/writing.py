@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ def predict_to(
     rest = {name: tensor for name, tensor in tensors.items() if id(tensor) not in planned}
     values = _values(rest, model, initial or {})
     shards = [list(tensors)] if is_file else _shards(tensors, shard_bytes)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     if not is_file:
         path.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
@@ -144,7 +144,7 @@ def _values(tensors: Mapping[str, Tensor], model: nn.Module, initial: Mapping[st
             unknown += names
             continue
         whole = deepcopy(module).to_empty(device="cpu", recurse=False)
-        whole.reset_parameters()
+        cast(Any, whole).reset_parameters()
         state = whole.state_dict()
         found |= {name: state[name.removeprefix(f"{prefix}.")] for name in names}
     if unknown:
