@@ -65,6 +65,7 @@ def check(golden, config, arch, case, prefix):
         assert_close(embeddings, arrays[f"{prefix}/embeddings"], "ghn/values", "embeddings")
 
 
+@pytest.mark.filterwarnings("ignore:EfficientNet has no adjustment")
 @pytest.mark.golden("models_pred_*.json", cases="archs")
 def test_predictions_are_the_published_ones(golden):
     check(golden, golden.document["config"], golden.name, golden.case, golden.name)

@@ -108,7 +108,9 @@ def test_two_positional_embeddings_beyond_the_decoder_in_one_call():
 def test_the_classification_layer_can_be_kept():
     ghn, model = filled(KINDS["ghn3"]()), Net(classes=7)
     before = weights(model)
-    with pytest.raises(ValueError, match=r"fc\.weight has 7 outputs, .* predicts 10 classes.*predict_class_layers=False"):
+    with pytest.raises(
+        ValueError, match=r"fc\.weight has 7 outputs, .* predicts 10 classes.*predict_class_layers=False"
+    ):
         ghn(model)
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
     ghn(model, predict_class_layers=False)
@@ -186,7 +188,7 @@ def test_targets_of_other_dtypes_and_low_precision():
     for found in (mixed, low):
         for name, value in found.items():
             assert value.dtype == torch.float32
-            assert (value - expected[name]).norm() <= 0.1 * expected[name].norm() + 0.01, name
+            assert (value - expected[name]).norm() <= 0.02 * expected[name].norm(), name
 
 
 def test_channels_last_targets_are_written_in_place():
@@ -267,8 +269,8 @@ def test_wrong_settings_are_named(options, match):
 
 @pytest.mark.gpu
 def test_predictions_on_a_gpu_are_those_on_the_cpu():
-    for kind in KINDS:
-        ghn = filled(KINDS[kind]())
+    for make in KINDS.values():
+        ghn = filled(make())
         expected = weights(ghn(Net()))
         ghn.cuda()
         for model in (Net(), Net().cuda()):

@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ def window(kernel: int, largest: int, centred: bool) -> slice:
     return slice(max(0, centre - kernel // 2), min(centre + math.ceil(kernel / 2), largest))
 
 
-def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+def _linear(layer: Any, x: Tensor) -> Tensor:  # noqa: ANN401 (linear, or a convolution of one pixel)
     return F.linear(x, layer.weight.flatten(1), layer.bias)
 
 
@@ -108,7 +108,7 @@ class ConvDecoder(_Decoder):
     def hidden(self, inputs: Sequence[Tensor], kernels: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Hidden vectors ``(n_i, pixels, 8 hid)`` of the pixels of kernels, for nodes ``(n_i, hid)`` each."""
         images = partial_linears(self.fc[0], [self._pixels(*kernel) for kernel in kernels], inputs)
-        width = self.conv[0].weight.shape[1]
+        width = cast(Tensor, self.conv[0].weight).shape[1]
         pixels = F.relu(torch.cat([image.view(-1, width) for image in images]))
         hidden = F.relu(_linear(self.conv[0], pixels))
         parts = hidden.split([image.numel() // width for image in images])
@@ -149,14 +149,14 @@ class ConvDecoder(_Decoder):
             return _repeated(image, shape)
         return F.interpolate(image.flatten(0, 1), shape[2:], mode="bilinear").view(*image.shape[:3], *shape[2:])
 
-    def forward(self, x: Tensor, shape: Shape4, is_class: bool = False) -> Tensor:
+    def forward(self, x: Tensor, shape: Shape4, is_class: bool = False) -> Tensor:  # noqa: D102 (of the base)
         out, into, height, width = self._computed(shape, is_class)
         (hidden,) = self.hidden([x], [(height, width)])
         (matrix,) = self.matrices([hidden.flatten(0, 1)], [(out, into)])
         image = matrix.view(len(x), height, width, out, into).permute(0, 3, 4, 1, 2)
         return self.finish(image, shape, is_class)
 
-    def decode(self, x: Tensor, shapes: Sequence[Shape4], is_class: Sequence[bool]) -> Decoded:
+    def decode(self, x: Tensor, shapes: Sequence[Shape4], is_class: Sequence[bool]) -> Decoded:  # noqa: D102
         computed = [self._computed(*request) for request in zip(shapes, is_class, strict=True)]
         kernels = _grouped([shape[2:] for shape in computed])
         hidden: dict[int, Tensor] = {}
@@ -213,17 +213,19 @@ class MlpDecoder(_Decoder):
         self.mlp = nn.ModuleDict({"fc": nn.Sequential(*layers)})
         self.class_layer_predictor = nn.Sequential(nn.ReLU(), nn.Linear(2 * hid, num_classes * max_shape[0]))
 
-    def forward(self, x: Tensor, shape: Shape4, is_class: bool = False) -> Tensor:
-        first, relu, last = self.mlp["fc"]
-        hidden = relu(first(x))
+    def forward(self, x: Tensor, shape: Shape4, is_class: bool = False) -> Tensor:  # noqa: D102 (of the base)
+        first, _, last = cast(nn.Sequential, self.mlp["fc"])
+        hidden = F.relu(first(x))
         out, into, height, width = self.clipped(shape)
         if is_class:
             values = self.class_layer_predictor(hidden).view(len(x), self.num_classes, -1)
             return values[..., :into, None, None]
-        weight, bias = (
-            p.unflatten(0, self.max_shape)[:out, :into, :height, :width].flatten(0, 3) for p in (last.weight, last.bias)
-        )
-        values = F.linear(hidden, weight, bias).view(len(x), out, into, height, width)
+
+        def needed(parameter: Tensor) -> Tensor:
+            return parameter.unflatten(0, self.max_shape)[:out, :into, :height, :width]
+
+        (values,) = partial_linears(last, [needed], [hidden])
+        values = values.view(len(x), out, into, height, width)
         return values if (height, width) == shape[2:] else _repeated(values, shape)
 
 
@@ -232,11 +234,12 @@ class Decoder1d(nn.Module):
 
     def __init__(self, hid: int, width: int) -> None:
         super().__init__()
+        self.width = width
         self.fc = nn.Sequential(nn.Linear(hid, 2 * hid), nn.ReLU(), nn.Linear(2 * hid, 2 * width))
 
     def forward(self, x: Tensor) -> Tensor:
         """Decode embeddings ``(n, hid)``."""
-        return self.fc(x).view(len(x), 2, -1)
+        return self.fc(x).view(len(x), 2, self.width)
 
 
 def _repeated(image: Tensor, shape: Shape4) -> Tensor:

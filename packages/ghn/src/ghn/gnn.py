@@ -76,8 +76,9 @@ class GatedGNN(nn.Module):
 
     def _weights(self, distance: Tensor, order: Tensor) -> Tensor:
         """How much a node hears of each message of another, ``(earlier or later sender, sender, message, receiver)``."""
-        direct = (distance == 1).float()
-        kinds = [direct] if self.mlp_ve is None else [direct, torch.where(distance > 0, 1 / distance.clamp(min=1), 0.0)]
+        direct = (distance == 1).double()
+        inverse = torch.where(distance > 0, 1 / distance.clamp(min=1).double(), 0.0)
+        kinds = [direct] if self.mlp_ve is None else [direct, inverse]
         weights = torch.stack(kinds, dim=1)
         is_later = (order[:, None] > order)[:, None]
         return torch.stack([weights.masked_fill(is_later, 0), weights.masked_fill(~is_later, 0)])

@@ -5,6 +5,7 @@ a bias that is a function of the two directed distances between them.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,7 @@ class Graphormer(nn.Sequential):
             x: Embeddings ``(n_1 + ... + n_b, dim)`` of the nodes of ``b`` graphs.
             distances: For each graph ``(n, n)`` int64: distance from row to column; 1 is an edge, 0 no path.
         """
-        first: nn.Module = self[0]
+        first: Any = self[0]
         distances = [matrix.to(x.device) for matrix in distances]
         edges = [matrix == 1 for matrix in distances]
         into = torch.cat([edge.sum(0) for edge in edges]).clamp(max=_DEGREES - 1)

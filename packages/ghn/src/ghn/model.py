@@ -12,7 +12,7 @@ from ghn.decoders import ConvDecoder, Decoder1d, MlpDecoder
 from ghn.gnn import GatedGNN, NodeMlp
 from ghn.graph import Dialect, Graph, GraphBatch
 from ghn.graphormer import Graphormer
-from ghn.matching import Slot, Target, match
+from ghn.matching import Slot, Target, match, parameter_slots
 from ghn.primitives import PRIMITIVES
 from ghn.shapes import Shape, Shape4, ShapeEncoder, canonical_shape
 from ghn.tiling import crop, fan_scale, normalise_vectors, tile_into, tiled
@@ -168,8 +168,12 @@ class GHN(nn.Module):
         """
         if graphs is None:
             cutoff = _VIRTUAL_EDGES if self.ve else 1
+            for model in models:
+                _detach(model)
             options: dict[str, Any] = {"dialect": self.dialect, "ve_cutoff": cutoff, "extended": extended}
-            return [Graph(model, example_inputs=example_inputs, **options) for model in models]
+            # Casts would be nodes of the trace.
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                return [Graph(model, example_inputs=example_inputs, **options) for model in models]
         given = [graphs] if isinstance(graphs, Graph) else list(graphs)
         if len(given) != len(models):
             raise ValueError(f"{len(given)} graphs for {len(models)} models: give one for each")
@@ -223,7 +227,7 @@ class GHN(nn.Module):
         for target in targets:
             kinds.setdefault(target.kind, []).append(target)
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(self.bias_class[1].weight.dtype)
+            x = x.to(self.embed.weight.dtype)
             yield from self._vectors(kinds.get("vector", []), x)
             yield from self._class_biases(kinds.get("class bias", []), x)
             weights = kinds.get("weight", []) + kinds.get("class weight", [])
@@ -304,8 +308,9 @@ class GHN3(GHN):
     def _initialise(self) -> None:
         """Small first predictions, and embeddings of unit norm."""
         assert isinstance(self.decoder, ConvDecoder)
+        lasts: list[Any] = [self.decoder_1d.fc[2], self.decoder.conv[2], self.decoder.class_layer_predictor[1]]
         with torch.no_grad():
-            for last in (self.decoder_1d.fc[2], self.decoder.conv[2], self.decoder.class_layer_predictor[1]):
+            for last in lasts:
                 last.weight.div_(5)
                 last.bias.zero_()
         for module in self.modules():
@@ -362,6 +367,13 @@ def _check_devices(targets: Sequence[Target]) -> None:
                 f"{target.name.removeprefix('.')} is on the meta device, which holds no values: use predict_to, or "
                 "model.to_empty(device='cpu') first"
             )
+
+
+def _detach(model: nn.Module) -> None:
+    """Make parameters of what an earlier prediction with gradients left, so that the model can be traced."""
+    for slot in parameter_slots(model).values():
+        if isinstance(slot.content, Tensor) and not isinstance(slot.content, nn.Parameter):
+            slot.module._parameters[slot.attribute] = nn.Parameter(slot.content.detach())
 
 
 def _overwrite(target: Target, block: Tensor) -> None:

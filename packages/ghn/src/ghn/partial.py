@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 View = Callable[[Tensor], Tensor]
@@ -15,7 +15,7 @@ _LARGE = 2**15 + 1
 """Weights per row of a view from which they are used row by row: to copy them together takes longer than their use."""
 
 
-def partial_linears(layer: nn.Module, views: Sequence[View], inputs: Sequence[Tensor]) -> list[Tensor]:
+def partial_linears(layer: Any, views: Sequence[View], inputs: Sequence[Tensor]) -> list[Tensor]:  # noqa: ANN401
     """Apply parts of one layer, each to an input of its own.
 
     Args:

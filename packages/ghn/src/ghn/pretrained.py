@@ -26,7 +26,11 @@ _TABLES = ("centrality_embed_in", "centrality_embed_out", "input_dist_embed")
 
 
 def from_pretrained(
-    name: str | Path = "ghn3xlm16.pt", *, revision: str | None = None, offline: bool = False, **overrides: Any
+    name: str | Path = "ghn3xlm16.pt",
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    **overrides: Any,  # noqa: ANN401
 ) -> GHN:
     """Load a hypernetwork; nothing in a file is executed.
 
@@ -64,12 +68,12 @@ def from_pretrained(
     return _built(path, state, {**infer_config(path, state, bare=config is None), **_known(given), **overrides})
 
 
-def GHN1(dataset: Literal["imagenet", "cifar10"] = "imagenet", **options: Any) -> GHN:
+def GHN1(dataset: Literal["imagenet", "cifar10"] = "imagenet", **options: Any) -> GHN:  # noqa: ANN401
     """The published GHN-1 for a data set; options and errors of :func:`from_pretrained`."""
     return from_pretrained(f"ghn1_{_dataset(dataset)}.pt", **options)
 
 
-def GHN2(dataset: Literal["imagenet", "cifar10"] = "imagenet", **options: Any) -> GHN:
+def GHN2(dataset: Literal["imagenet", "cifar10"] = "imagenet", **options: Any) -> GHN:  # noqa: ANN401
     """The published GHN-2 for a data set; options and errors of :func:`from_pretrained`."""
     return from_pretrained(f"ghn2_{_dataset(dataset)}.pt", **options)
 

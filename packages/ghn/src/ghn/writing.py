@@ -11,6 +11,7 @@ from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from zoo_common.files import atomic_write, write_json
 
 from ghn.graph import Graph
@@ -46,6 +47,7 @@ def predict_to(
     predict_class_layers: bool = True,
     shard_bytes: int = 2**31,
     generator: torch.Generator | None = None,
+    progress: bool = False,
 ) -> Written:
     """Predict the weights of a model straight to safetensors files, part by part.
 
@@ -63,6 +65,7 @@ def predict_to(
         predict_class_layers: Whether the last layer is predicted too.
         shard_bytes: Size of a file from which on the next tensor begins another; a larger tensor has one of its own.
         generator: Draws what is not decoded.
+        progress: Show a bar on stderr.
 
     Raises:
         ValueError: The model does not fit the hypernetwork, or lacks values; nothing has been written.
@@ -80,12 +83,13 @@ def predict_to(
     weight_map: dict[str, str] = {}
     if not is_file:
         path.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
+    bar = tqdm(total=len(targets), unit="tensor", disable=not progress, leave=False)
+    with torch.no_grad(), bar:
         x = ghn.embeddings(graphs, shapes)
         for i, names in enumerate(shards, start=1):
             file = path if is_file else path / f"model-{i:05d}-of-{len(shards):05d}.safetensors"
             wanted = {id(tensors[name]): planned[id(tensors[name])] for name in names if name not in rest}
-            blocks = ghn.blocks(wanted.values(), x, generator)
+            blocks = (block for block in ghn.blocks(wanted.values(), x, generator) if bar.update() or True)
             _write(file, {name: tensors[name] for name in names}, values, blocks)
             weight_map |= dict.fromkeys(names, file.name)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
