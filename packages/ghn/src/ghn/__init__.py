@@ -7,14 +7,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what a type checker sees
+    from ghn.adjust import adjust_net as adjust_net
+    from ghn.adjust import capacity as capacity
+    from ghn.adjust import num_valid_nodes as num_valid_nodes
     from ghn.batchnorm import Accuracy as Accuracy
     from ghn.batchnorm import condition_bn as condition_bn
     from ghn.batchnorm import evaluate as evaluate
     from ghn.batchnorm import use_batch_statistics as use_batch_statistics
+    from ghn.checking import CheckReport as CheckReport
+    from ghn.checking import check as check
+    from ghn.deepnets.genotypes import Genotype as Genotype
+    from ghn.deepnets.network import Network as Network
     from ghn.graph import Graph as Graph
     from ghn.graph import GraphBatch as GraphBatch
     from ghn.model import GHN as GHN
     from ghn.model import GHN3 as GHN3
+    from ghn.models import resolve_model as resolve_model
     from ghn.pretrained import GHN1 as GHN1
     from ghn.pretrained import GHN2 as GHN2
     from ghn.pretrained import from_pretrained as from_pretrained
@@ -26,19 +34,27 @@ if TYPE_CHECKING:  # what a type checker sees
 
 _MODULE_OF = {
     "Accuracy": "batchnorm",
+    "CheckReport": "checking",
     "GHN": "model",
     "GHN1": "pretrained",
     "GHN2": "pretrained",
     "GHN3": "model",
+    "Genotype": "deepnets.genotypes",
     "Graph": "graph",
     "GraphBatch": "graph",
+    "Network": "deepnets.network",
+    "adjust_net": "adjust",
+    "capacity": "adjust",
+    "check": "checking",
     "condition_bn": "batchnorm",
     "evaluate": "batchnorm",
     "from_pretrained": "pretrained",
     "get_metadata": "published",
     "norm_check": "published",
+    "num_valid_nodes": "adjust",
     "predict_to": "writing",
     "push": "pretrained",
+    "resolve_model": "models",
     "save_pretrained": "pretrained",
     "use_batch_statistics": "batchnorm",
 }

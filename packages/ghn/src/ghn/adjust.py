@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from ghn.trace import expected_input_size, output_tensors
+
 Net = TypeVar("Net", bound=nn.Module)
 
 
@@ -88,8 +90,6 @@ def num_valid_nodes(model: nn.Module, x: Tensor | None = None) -> int:
     Returns:
         Tensors whose gradient has a sum of absolute values above 1e-20; -1 if the output is not a number.
     """
-    from ghn.trace import expected_input_size, output_tensors
-
     first = next(model.parameters())
     if x is None:
         size = expected_input_size(model)

@@ -1,22 +1,110 @@
 """The ``ghn`` command."""
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import tyro
+from tyro.conf import Positional
 from zoo_common.command import run_command
 
 DESCRIPTION = """Graph hypernetworks: predict all parameters of a PyTorch model in one forward pass.
 
-This version holds no features yet. Planned commands:
-  ghn predict MODEL -o FILE          predict the weights of a model
-  ghn check MODEL                    which parameter is set by what
-  ghn graph MODEL                    draw the computational graph
-  ghn generate SPLIT N DIR           make DeepNets-1M architectures
-  ghn train, ghn eval                train and judge a hypernetwork
-  ghn train-net, ghn eval-net        train and judge one network, with or without predicted weights
-  ghn detect, ghn properties, ghn search
+MODEL is a torchvision name, timm:NAME, a genotype (DARTS, PDARTS, ViT), or module.path:callable.
+
+Examples:
+  ghn check vit_b_16                      which parameter would be set by what
+  ghn check my_package.models:make_net    the same for a model of your own
+  ghn graph resnet50 --png resnet50.png   draw the computational graph
+  ghn predict resnet50 -o resnet50.safetensors                   predict all weights, with the largest published GHN-3
+  ghn predict resnet50 -o small.safetensors --weights ghn2_cifar10.pt --adjust cifar      for small images, 10 classes
+  ghn predict my_package.models:make_net -o folder               several files, for large models
 """
+
+
+@dataclass(frozen=True)
+class CheckCommand:
+    """List each parameter of a model and who sets it; nothing is computed or allocated."""
+
+    model: Positional[str]
+    """A torchvision name, timm:NAME, a genotype (DARTS, PDARTS, ViT), or module.path:callable."""
+    dialect: Literal["ghn3", "ppuda"] = "ghn3"
+    """Published graph code to judge by: that of GHN-3 (2023) or of GHN-1 and GHN-2 (2021)."""
+    input: tuple[int, ...] | None = None
+    """Shape of a float input, the batch first; default: two images of the size that the model expects."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True)
+class GraphCommand:
+    """Make the computational graph of a model: print its size, draw it, or write it down."""
+
+    model: Positional[str]
+    """A torchvision name, timm:NAME, a genotype (DARTS, PDARTS, ViT), or module.path:callable."""
+    png: Path | None = None
+    """Picture to write; other suffixes (.pdf, .svg) are understood too."""
+    labels: bool = False
+    """Write names of parameters beside the nodes of the picture."""
+    dialect: Literal["ghn3", "ppuda"] = "ghn3"
+    """Published graph code to follow: that of GHN-3 (2023) or of GHN-1 and GHN-2 (2021)."""
+    compat: bool = False
+    """Keep what the published code got wrong (Swin v2, MaxViT)."""
+    extended: bool = False
+    """Give nodes to parameters of layers that the published code leaves out."""
+    input: tuple[int, ...] | None = None
+    """Shape of a float input, the batch first; default: two images of the size that the model expects."""
+    json: bool = False
+    """Print one JSON object with all nodes and edges."""
+
+
+@dataclass(frozen=True)
+class PredictCommand:
+    """Predict the weights of a model and write them to safetensors files."""
+
+    model: Positional[str]
+    """A torchvision name, timm:NAME, a genotype (DARTS, PDARTS, ViT), or module.path:callable."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """A file *.safetensors; or a folder, which gets several files and an index."""
+    weights: str = "ghn3xlm16.pt"
+    """The hypernetwork: a published name, a file, a folder, or owner/name on the hub."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub."""
+    offline: bool = False
+    """Use what has been downloaded before."""
+    num_classes: int | None = None
+    """Outputs of the model; default: the hypernetwork's classes."""
+    keep_class_layer: bool = False
+    """Do not predict the last layer."""
+    extended: bool = False
+    """Also predict layers that the published code leaves out."""
+    adjust: Literal["cifar"] | None = None
+    """Fit the first layers to images of 32 x 32 pixels."""
+    seed: int = 0
+    """Draws what is not predicted."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the hypernetwork computes."""
+    json: bool = False
+    """Print one JSON object."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    return run_command("ghn", DESCRIPTION, {}, argv)
+    commands: dict[str, tuple[type, Callable[[Any], int | None]]] = {
+        "check": (CheckCommand, _later("check")),
+        "graph": (GraphCommand, _later("graph")),
+        "predict": (PredictCommand, _later("predict")),
+    }
+    return run_command("ghn", DESCRIPTION, commands, argv)
+
+
+def _later(name: str) -> Callable[[Any], int | None]:
+    """A function of :mod:`ghn.commands`, imported (with torch) when it is called."""
+
+    def run(command: object) -> int | None:
+        status: int | None = getattr(importlib.import_module("ghn.commands"), name)(command)
+        return status
+
+    return run

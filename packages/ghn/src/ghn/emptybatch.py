@@ -101,10 +101,11 @@ def run_recurrent(module: nn.RNNBase, x: Tensor | PackedSequence, hx: Any = None
             ends.append(end[..., :width])
         y = torch.cat(ends, dim=-1) if directions == 2 else ends[0]
     count = len(module._all_weights)
+    output: Tensor | PackedSequence = y
     if isinstance(x, PackedSequence):
         last, output = y[:1].expand(int(x.batch_sizes[0]), -1), x._replace(data=y)
     else:
-        last, output = y.select(1 if module.batch_first and y.ndim == 3 else 0, -1), y
+        last = y.select(1 if module.batch_first and y.ndim == 3 else 0, -1)
     h = last[..., :width].expand(count, *last.shape[:-1], width)
     if not isinstance(module, nn.LSTM):
         return output, h

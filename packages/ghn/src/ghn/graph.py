@@ -1,8 +1,10 @@
 """Computational graphs: what a hypernetwork reads."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import networkx as nx
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,9 @@ from ghn.build import Dialect, Nodes, class_weight, nodes_of
 from ghn.distances import path_lengths
 from ghn.primitives import PRIMITIVE_ID, PRIMITIVES
 from ghn.trace import expected_input_size
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class NodeInfo(NamedTuple):
@@ -173,6 +178,52 @@ class Graph:
     @property
     def _Adj(self) -> Tensor:
         return self.distances
+
+    def flow(self) -> nx.DiGraph:
+        """The graph without virtual edges, for networkx."""
+        flow = nx.DiGraph()
+        flow.add_nodes_from(range(self.n_nodes))
+        flow.add_edges_from(self.edges[self.edges[:, 2] == 1][:, :2].tolist())
+        return flow
+
+    def properties(self) -> dict[str, float]:
+        """Average degree and average shortest path of the undirected graph without virtual edges.
+
+        Pairs of nodes that are not connected do not count; a graph of one node has a path length of 0.
+        """
+        pairs = self.edges[self.edges[:, 2] == 1][:, :2].numpy()
+        lengths = path_lengths(self.n_nodes, np.concatenate([pairs, pairs[:, ::-1]]), self.n_nodes)
+        found = lengths[(lengths > 0) & ~np.eye(self.n_nodes, dtype=bool)]
+        distinct = len(np.unique(np.sort(pairs, axis=1), axis=0))
+        return {
+            "avg_degree": 2 * distinct / self.n_nodes,
+            "avg_path": float(found.mean()) if len(found) else 0.0,
+        }
+
+    def draw(
+        self,
+        path: str | Path | None = None,
+        *,
+        labels: bool = False,
+        legend: bool = True,
+        node_size: float = 60,
+        figsize: tuple[float, float] | None = None,
+    ) -> "Figure":
+        """Draw the data flow from top to bottom; long graphs go on in further columns.
+
+        Args:
+            path: Picture to write (PNG, PDF, SVG by its suffix); None to return the figure alone.
+            labels: Write names of parameters beside the nodes.
+            legend: List the primitives.
+            node_size: Area of a node in square points.
+            figsize: Size in inches; default: by the size of the graph.
+
+        Raises:
+            ImportError: The extra ``plot`` is not installed.
+        """
+        from ghn.drawing import draw  # matplotlib and the layout are only for those who draw
+
+        return draw(self, path, labels=labels, legend=legend, node_size=node_size, figsize=figsize)
 
     def __repr__(self) -> str:
         """The graph in numbers."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ghn.batchnorm import use_batch_statistics
+from ghn.checking import CheckReport, check
 from ghn.decoders import ConvDecoder, Decoder1d, MlpDecoder
 from ghn.gnn import GatedGNN, NodeMlp
 from ghn.graph import Dialect, Graph, GraphBatch
@@ -152,6 +153,10 @@ class GHN(nn.Module):
                 use_batch_statistics(model)
         result = models[0] if isinstance(nets, nn.Module) else models
         return (result, x) if return_embeddings else result
+
+    def check(self, model: nn.Module, *, example_inputs: Any = None) -> CheckReport:  # noqa: ANN401
+        """Which parameters this hypernetwork would predict; nothing is computed (:func:`ghn.check`)."""
+        return check(model, example_inputs=example_inputs, dialect=self.dialect)
 
     def graphs_of(
         self,

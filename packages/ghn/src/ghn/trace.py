@@ -208,12 +208,12 @@ def _replaced(
 
     try:
         for path, module in named:
-            for name, value in module._parameters.items():
-                if value is not None:
-                    module._parameters[name] = made = replaced(value)  # type: ignore[assignment]
-                    owners[id(made)] = Owner(f"{path}.{name}", module, tuple(value.shape))
-            for name, value in module._buffers.items():
-                module._buffers[name] = replaced(value, copy=True)
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = made = replaced(parameter)
+                    owners[id(made)] = Owner(f"{path}.{name}", module, tuple(parameter.shape))
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = replaced(buffer, copy=True)
             for name, value in module.__dict__.items():
                 if isinstance(value, Tensor):
                     module.__dict__[name] = replaced(value, copy=True)
