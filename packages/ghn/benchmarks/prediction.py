@@ -78,7 +78,7 @@ class SmallNet(nn.Module):
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
         self.expected_input_sz = 32
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 4, padding=1, bias=False), nn.BatchNorm2d(width))
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
@@ -90,7 +90,7 @@ class SmallNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of images."""
-        x = torch.relu(self.stem(x))[..., ::4, ::4]
+        x = torch.relu(self.stem(x))
         for block in self.blocks:
             x = torch.relu(x + block(x))
         return self.fc(x.mean((2, 3)))
@@ -101,7 +101,7 @@ def training(kind: str, meta_batch: int, images: int, rounds: int) -> dict[str, 
     norms = {"weight_norm": True, "ve": True, "layernorm": True}
     ghn: GHN = GHN3((64, 64, 11, 11), 10, 64, **norms) if kind == "ghn3" else GHN((64, 64, 11, 11), 10, hid=32, **norms)
     ghn.train()
-    nets = [SmallNet(32 + 16 * (i % 4), 2 + i) for i in range(meta_batch)]
+    nets = [SmallNet(16 + 8 * (i % 4), 2 + i) for i in range(meta_batch)]
     graphs = [Graph(net, dialect=ghn.dialect) for net in nets]
     x, labels = torch.randn(images, 3, 32, 32), torch.randint(10, (images,))
 
