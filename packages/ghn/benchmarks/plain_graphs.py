@@ -219,8 +219,7 @@ class PlainGraph:
             self.matrix = np.insert(np.insert(self.matrix, i, 0, axis=0), i, 0, axis=1)
             self.matrix[i, i + 1] = 1
         if isinstance(self.model, SqueezeNet):
-            self.records.insert(-3, self.records.pop())
-            self.records[-3:] = [self.records[-3], *self.records[-2:]]
+            self.records.insert(-2, self.records.pop())
 
     def type_of(self, record: Record) -> str:
         """Type of a node."""

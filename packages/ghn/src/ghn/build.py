@@ -40,6 +40,8 @@ def nodes_of(
     extended: bool = False,
 ) -> Nodes:
     """Trace a model into a graph; see :class:`ghn.Graph` for the arguments and errors."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
     record = trace(model, example_inputs)
     supported = support.extended if extended else support.published
     if dialect == "ppuda":
@@ -66,10 +68,12 @@ def class_weight(params: Sequence[str | None], *, compat: bool) -> int:
 
 def _right(record: Trace, model: nn.Module, supported: support.Support) -> Draft:
     """The published graph, or, where that is wrong, one in which data enters every linear layer at its weight."""
-    draft, loose = _ghn3(draft_of(record, shared_once=True), model, supported, compat=False)
+    draft = draft_of(record, shared_once=True)
+    ghn3.feed_weights(draft, draft.shared)
+    draft, loose = _ghn3(draft, model, supported, compat=False)
     if loose:
         draft = draft_of(record, shared_once=True)
-        ghn3.feed_weights(draft, loose)
+        ghn3.feed_weights(draft, loose | draft.shared)
         draft, _ = _ghn3(draft, model, supported, compat=False)
     if draft.records[0] is not _INPUT or any(a >= b for a, b in draft.edges() if draft.records[a] is not _INPUT):
         raise ValueError(f"the graph of {type(model).__name__} has a cycle; compat=True gives it in no order")

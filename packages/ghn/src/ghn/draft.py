@@ -31,6 +31,7 @@ class Draft:
         self.records: list[Record] = []
         self.before: list[set[int]] = []
         self.after: list[set[int]] = []
+        self.shared: set[str] = set()  #: parameters that are used repeatedly, where data enters at the first use alone
 
     def __len__(self) -> int:
         """Number of nodes."""
@@ -139,6 +140,7 @@ def draft_of(
     """
     draft, place = Draft(), {}
     first = _first_uses(trace) if shared_once else {}
+    draft.shared = {trace.leaves[leaf].name for leaf in first}
     ends: dict[Any, tuple[int, int]] = {}  # of each function: where data enters and leaves
     waiting = list(reversed(trace.roots[:roots]))
     while waiting:

@@ -109,7 +109,7 @@ def _bias_behind(draft: Draft, i: int, weight: Record) -> int | None:
 def repair_weights(draft: Draft) -> None:
     """Let data enter a linear layer at its weight: predecessors -> weight -> bias (or softmax) -> consumers."""
     for i, record in enumerate(draft.records):
-        if record.is_op or "weight" not in own_name(record) or draft.before[i]:
+        if record.is_op or "weight" not in own_name(record) or draft.before[i] or record.name in draft.shared:
             continue
         following = sorted(draft.after[i])
         for o in following:
