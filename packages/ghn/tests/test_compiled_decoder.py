@@ -15,7 +15,11 @@ def cases(golden):
         is_class = "/class/" in name
         arrays = golden.tensors()[name]
         if "single" not in name:
-            yield (8 if is_class else out, into, height, width), is_class, arrays[..., None, None] if is_class else arrays
+            yield (
+                (8 if is_class else out, into, height, width),
+                is_class,
+                arrays[..., None, None] if is_class else arrays,
+            )
 
 
 def decoder_and_input(golden):

@@ -6,10 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from ghn import GHN, GHN3, Graph
-from ghn.adjust import adjust_net
+from ghn import GHN, GHN3, Graph, adjust_net
 from support.golden import assert_close
-from support.hypernetworks import filled, torchvision_model
+from support.hypernetworks import filled, marked_model, torchvision_model
 
 MARK = 7.0
 
@@ -17,9 +16,7 @@ MARK = 7.0
 def target_of(arch, num_classes, is_small):
     """A model of a golden; every parameter holds the same number."""
     options = {"aux_logits": False} if is_small and arch == "googlenet" else {}
-    model = torchvision_model(arch, num_classes, **options).train()
-    for parameter in model.parameters():
-        parameter.data.fill_(MARK)
+    model = marked_model(arch, MARK, num_classes, **options)
     return adjust_net(model) if is_small else model
 
 
