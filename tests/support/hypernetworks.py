@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import torchvision
 from torch import nn
 
