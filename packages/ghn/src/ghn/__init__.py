@@ -10,16 +10,35 @@ if TYPE_CHECKING:  # what a type checker sees
     from ghn.adjust import adjust_net as adjust_net
     from ghn.adjust import capacity as capacity
     from ghn.adjust import num_valid_nodes as num_valid_nodes
+    from ghn.batchnorm import Accuracy as Accuracy
+    from ghn.batchnorm import condition_bn as condition_bn
+    from ghn.batchnorm import evaluate as evaluate
+    from ghn.batchnorm import use_batch_statistics as use_batch_statistics
     from ghn.checking import CheckReport as CheckReport
     from ghn.checking import check as check
     from ghn.deepnets.genotypes import Genotype as Genotype
     from ghn.deepnets.network import Network as Network
     from ghn.graph import Graph as Graph
     from ghn.graph import GraphBatch as GraphBatch
+    from ghn.model import GHN as GHN
+    from ghn.model import GHN3 as GHN3
     from ghn.models import resolve_model as resolve_model
+    from ghn.pretrained import GHN1 as GHN1
+    from ghn.pretrained import GHN2 as GHN2
+    from ghn.pretrained import from_pretrained as from_pretrained
+    from ghn.pretrained import push as push
+    from ghn.pretrained import save_pretrained as save_pretrained
+    from ghn.published import get_metadata as get_metadata
+    from ghn.published import norm_check as norm_check
+    from ghn.writing import predict_to as predict_to
 
 _MODULE_OF = {
+    "Accuracy": "batchnorm",
     "CheckReport": "checking",
+    "GHN": "model",
+    "GHN1": "pretrained",
+    "GHN2": "pretrained",
+    "GHN3": "model",
     "Genotype": "deepnets.genotypes",
     "Graph": "graph",
     "GraphBatch": "graph",
@@ -27,8 +46,17 @@ _MODULE_OF = {
     "adjust_net": "adjust",
     "capacity": "adjust",
     "check": "checking",
+    "condition_bn": "batchnorm",
+    "evaluate": "batchnorm",
+    "from_pretrained": "pretrained",
+    "get_metadata": "published",
+    "norm_check": "published",
     "num_valid_nodes": "adjust",
+    "predict_to": "writing",
+    "push": "pretrained",
     "resolve_model": "models",
+    "save_pretrained": "pretrained",
+    "use_batch_statistics": "batchnorm",
 }
 
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605 (computed from the table above)

@@ -4,8 +4,9 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 from tyro.conf import Positional
 from zoo_common.command import run_command
 
@@ -17,6 +18,9 @@ Examples:
   ghn check vit_b_16                      which parameter would be set by what
   ghn check my_package.models:make_net    the same for a model of your own
   ghn graph resnet50 --png resnet50.png   draw the computational graph
+  ghn predict resnet50 -o resnet50.safetensors                   predict all weights, with the largest published GHN-3
+  ghn predict resnet50 -o small.safetensors --weights ghn2_cifar10.pt --adjust cifar      for small images, 10 classes
+  ghn predict my_package.models:make_net -o folder               several files, for large models
 """
 
 
@@ -56,11 +60,42 @@ class GraphCommand:
     """Print one JSON object with all nodes and edges."""
 
 
+@dataclass(frozen=True)
+class PredictCommand:
+    """Predict the weights of a model and write them to safetensors files."""
+
+    model: Positional[str]
+    """A torchvision name, timm:NAME, a genotype (DARTS, PDARTS, ViT), or module.path:callable."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """A file *.safetensors; or a folder, which gets several files and an index."""
+    weights: str = "ghn3xlm16.pt"
+    """The hypernetwork: a published name, a file, a folder, or owner/name on the hub."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub."""
+    offline: bool = False
+    """Use what has been downloaded before."""
+    num_classes: int | None = None
+    """Outputs of the model; default: the hypernetwork's classes."""
+    keep_class_layer: bool = False
+    """Do not predict the last layer."""
+    extended: bool = False
+    """Also predict layers that the published code leaves out."""
+    adjust: Literal["cifar"] | None = None
+    """Fit the first layers to images of 32 x 32 pixels."""
+    seed: int = 0
+    """Draws what is not predicted."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the hypernetwork computes."""
+    json: bool = False
+    """Print one JSON object."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     commands: dict[str, tuple[type, Callable[[Any], int | None]]] = {
         "check": (CheckCommand, _later("check")),
         "graph": (GraphCommand, _later("graph")),
+        "predict": (PredictCommand, _later("predict")),
     }
     return run_command("ghn", DESCRIPTION, commands, argv)
 
