@@ -7,29 +7,19 @@ from functools import partial
 import pytest
 import torch
 from gpt_diffusion import GptModel, load_config, load_pretrained, released, train
-from gpt_diffusion.cartpole.policy import Actor
 from gpt_diffusion.cli import main
 from gpt_diffusion.distributed import Processes
 from gpt_diffusion.optim import averaged_copy, make_optimizer, param_groups
 from gpt_diffusion.released import read_released
 from gpt_diffusion.training import Training, _prepare_run
 from support.golden import fill
-from zoo_common.tasks import Task, get_task
+from zoo_common.tasks import get_task
 
 SMALL = ["transformer.n_embd=16", "transformer.n_layer=2", "transformer.n_head=2", "sampling.sampler=ddim"]
 SMALL += ["sampling.steps=3"]
 NAMES = ["mnist_loss", "mnist_error", "cifar10_loss", "cifar10_error", "cartpole"]
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(autouse=True)
-def tasks(monkeypatch):
-    """The registry with a cart-pole that costs nothing."""
-    options = {"data_fn": tuple, "test_fn": lambda net: 0.0, "minimize": False, "metric_name": "train_ret"}
-    options |= {"best_prompt": 500.0, "recursive_prompt": 500.0, "input_shape": (4,)}
-    cartpole = Task(name="cartpole", constructor=Actor, **options)
-    monkeypatch.setattr(released, "get_task", lambda name: cartpole if name == "cartpole" else get_task(name))
 
 
 def expected_of(config):
@@ -90,7 +80,7 @@ def test_files_of_all_layouts_load_and_sample(name, tmp_path):
         pretrained = load_pretrained(tmp_path / "other.pt", config=config, weights=weights)
         for key, tensor in source.state_dict().items():
             assert torch.equal(pretrained.model.state_dict()[key], tensor)
-    starts = pretrained.info.layout.stack([Actor() if name == "cartpole" else get_task(name).constructor()]).detach()
+    starts = pretrained.info.layout.stack([get_task(name).constructor()]).detach()
     sampled = pretrained.sample(starts, prompt=1.0, start_metric=torch.tensor([2.0]))
     assert sampled.shape == starts.shape and not torch.equal(sampled, starts)
 
