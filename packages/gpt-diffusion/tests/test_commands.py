@@ -7,10 +7,12 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from gpt_diffusion import load_pretrained, train
 from gpt_diffusion.cli import main
+from gpt_diffusion.curves import read_curves
 from gpt_diffusion.evaluation import batched_metric, mean_and_band
 from gpt_diffusion.prompting import spread_losses
 from safetensors.torch import load_file, save_file
@@ -205,6 +207,47 @@ def test_eval_against_optimizers(capsys, trained, tmp_path):
         assert "never reach it" in result["against"][name]["words"]
     assert "'lion' is unknown; choose from sgd, adam" in error_of(capsys, "eval", trained, "--against", "sgd,lion")
     assert "--against-steps must be" in error_of(capsys, "eval", trained, *options[:3], 0)
+
+
+def test_eval_writes_and_reads_the_published_figure_files(capsys, trained, tmp_path):
+    files, out = tmp_path / "figure_files", tmp_path / "curves.json"
+    options = ["--out", out, "--no-novelty", "--against", "sgd", "--against-steps", 8]
+    result = result_of(capsys, "eval", trained, "--curve-files", files, "--figures", "no", *options)
+    assert sorted(map(str, files.iterdir())) == sorted(result["curve_files"])
+    stored = json.loads(out.read_text())["figures"]
+    for name, curves in stored.items():
+        assert torch.load(files / f"{name}.pt", weights_only=True) == curves == read_curves(files / f"{name}.pt")
+    line = stored["recursive_test_set_zero"]
+    rival = json.loads(out.read_text())["against"]["sgd"]
+    assert (line["key"][-1], line["x"][-1], line["y"][-1]) == ("gradient-based", [0, 1, 2], rival["mean"][:3])
+    assert "gradient-based" not in stored["recursive_training_set_zero"]["key"]
+    plain, both = tmp_path / "curves-dvo.png", tmp_path / "beside-dvo.png"
+    result_of(capsys, "eval", trained, *options[:3])
+    result_of(capsys, "eval", trained, "--beside", files, "--out", tmp_path / "beside.json", "--no-novelty")
+    assert plain.read_bytes() != both.read_bytes()
+    assert "there is none of dvo_training_set" in error_of(capsys, "eval", trained, "--beside", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "no published figure file"),
+        ({"x": [[1.0]], "y": [[1.0]]}, "no published figure file"),
+        ({"x": [[1.0, 2.0]], "y": [[1.0]], "key": ["a"]}, "no published figure file"),
+        ({"x": [1.0], "y": [1.0], "key": ["a"]}, "no published figure file"),
+        ({"x": [[1.0], []], "y": [[1.0], []], "key": ["dnn_a_0", "dnn_a_1"]}, "different numbers of points"),
+    ],
+)
+def test_other_files_are_no_figure_files(content, message, tmp_path):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=f"a.pt.*{message}"):
+        read_curves(tmp_path / "a.pt")
+
+
+def test_lines_of_tensors_and_arrays_are_read(tmp_path):
+    lines = {"x": [torch.arange(2), np.arange(2)], "y": torch.ones(2, 2), "key": ["optimal", "dnn_test_set_0"]}
+    torch.save(lines, tmp_path / "a.pt")
+    assert read_curves(tmp_path / "a.pt") == {"x": [[0, 1]] * 2, "y": [[1, 1]] * 2, "key": lines["key"]}
 
 
 def test_sample_says_whether_the_samples_are_new(capsys, trained, digits_zoo, tmp_path):

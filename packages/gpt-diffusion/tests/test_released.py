@@ -201,7 +201,8 @@ def test_training_goes_on_from_a_released_file(tiny_config, tmp_path):
         train(tiny_config(*settings, "train.num_ep=1", "exp_name=short"), quiet=True)
 
 
-def test_test_only_judges_the_model_of_resume_path(digits_zoo, capsys, tmp_path):
+def test_test_only_judges_the_model_of_resume_path(digits_zoo, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     settings = ["transformer.tokens=layers", "transformer.n_embd=8", "transformer.n_layer=1", "transformer.n_head=2"]
     settings += [f"dataset.path={digits_zoo}", "sampling.steps=2", "vis.num_nets_per_gpu=2", "vis.dvo_steps=3"]
     settings += ["dataset.openai_coeff=4", f"out_dir={tmp_path / 'results'}"]
@@ -211,6 +212,8 @@ def test_test_only_judges_the_model_of_resume_path(digits_zoo, capsys, tmp_path)
     scores = json.loads(capsys.readouterr().out)
     assert scores.keys() >= {"training_set", "test_set"}
     assert not (tmp_path / "results").exists()
+    files = sorted(path.name for path in (tmp_path / "figure_files" / "digits_loss").iterdir())
+    assert files[0] == "dvo_test_set_test_set.pt" and len(files) == 4
 
 
 @pytest.mark.parametrize("command", ["eval", "sample"])
