@@ -126,7 +126,7 @@ class TrainCommand:
     objective: Literal["diffusion", "flow"] | None = None
     """What is learned; default: as configured (diffusion, as published)."""
     data_dir: Path | None = None
-    """Folder with the data files of the task, for tasks whose data do not come with scikit-learn."""
+    """Folder with the data files of the task (for prompting and the behaviour term), unless they come with scikit-learn."""
     limit_seconds: float | None = None
     """Stop after this time; --resume goes on."""
     dry_run: bool = False

@@ -139,15 +139,15 @@ class VisConfig:
     """Evaluation by prompting."""
 
     freq: int = 20
-    """Has no effect: nothing is prompted during the training; use ``gpt-diffusion eval``."""
+    """Epochs between two promptings during the training, the first after one epoch; 0: none (ours)."""
     use_ema: bool = True
-    """Prompt the moving average of a released model, or else its raw weights."""
+    """Prompt the moving average, or else the raw weights: while training, and of a released model."""
     num_nets_per_gpu: int = 8
-    """Starting networks per group (training runs, unseen runs)."""
+    """Starting networks per group (training runs, unseen runs) and process."""
     net_mb_size_per_gpu: int = 8
     """Has no effect: the size of batches does not change the result."""
     recursive_probe: bool = True
-    """Has no effect: ``eval`` always prompts recursively too."""
+    """Prompt recursively too while training; ``eval`` always does."""
     dvo_steps: int = 20
     """Prompts per network on the desired-versus-observed curve."""
     prompt_start_coeff: float = 1.0
@@ -199,7 +199,7 @@ class Config:
     num_gpus: int = 1
     """Only 1: a training uses one device."""
     debug_mode: bool = False
-    """Has no effect."""
+    """Learn the first run alone, from its first checkpoint on; prompt it for metrics of its own training."""
     logger: Literal["jsonl", "wandb"] = "jsonl"
     """Where metrics go beside ``metrics.jsonl`` (ours)."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -227,6 +227,9 @@ class Config:
             "vis.recursive_steps": self.vis.recursive_steps,
             "dataset.max_train_runs": self.dataset.max_train_runs,
         }
+        for key, value in {"vis.freq": self.vis.freq, "test.freq": self.test.freq}.items():
+            if value < 0:
+                raise ValueError(f"{key} must be at least 0 (never), got {value}")
         for key, value in positive.items():
             if value < 1:
                 raise ValueError(f"{key} must be at least 1, got {value}")
@@ -271,7 +274,7 @@ _DIGITS_LOSS: dict[str, Any] = {
         "checkpoint_steps": 500,
     },
     "sampling": {"sampler": "ddim", "steps": 20},
-    "vis": {"num_nets_per_gpu": 32},
+    "vis": {"num_nets_per_gpu": 32, "freq": 0},
 }
 
 _NAMES = ("mnist_loss", "mnist_error", "cifar10_loss", "cifar10_error", "cartpole")
