@@ -19,6 +19,7 @@ from torch import Tensor
 
 SIZES = [7840, 10, 100, 10]
 
+
 def build_model() -> GptModel:
     """The reduced model, with weights that are not zero anywhere."""
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
-"""Seconds of a training step: ours against a plain implementation, and the share of it that waits for data.
+r"""Seconds of a training step: ours against a plain implementation, and the share of it that waits for data.
 
     uv run packages/gpt-diffusion/benchmarks/training.py [--threads N] [--json]
-    uv run packages/gpt-diffusion/benchmarks/training.py --model mnist_loss --batch 1024 --device cuda --bf16 --compile \\
+    uv run packages/gpt-diffusion/benchmarks/training.py --model mnist_loss --batch 1024 --device cuda --bf16 --compile \
         --peak-tflops 989
 
 The plain step is written out: every token projected by itself, attention as softmax(Q K^T) V, AdamW and the moving
