@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from zoo_common.tokens import LayerTokenizer, SplitPolicy
 
+from gpt_diffusion.attention import attention
 from gpt_diffusion.embedding import ScalarEmbedding
 
 #: A denoiser with everything but the noised weights and the time step bound to it: (x (n, d), t (n,)) -> (n, d).
@@ -119,7 +120,7 @@ class SelfAttention(nn.Module):
             parts = (self.query(queries), *_joined((self.key, self.value), h))
         q, k, v = (x.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for x in parts)
         dropout = self.dropout_prob if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        y = attention(q, k, v, dropout)
         return F.dropout(self.proj(y.transpose(1, 2).flatten(2)), dropout)
 
 
