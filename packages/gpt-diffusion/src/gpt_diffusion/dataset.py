@@ -123,7 +123,8 @@ class ParameterDataset:
             block = self.zoo.params.gather(np.tile(runs[rows], 2), np.concatenate([start[rows], target[rows]]))
             if self.augment is not None:
                 block = self.augment.apply(block, [torch.cat([p[rows]] * 2) for p in permutations])
-            out[:, rows] = self.normalizer.normalize(block).unflatten(0, (2, -1))
+            for half, vectors in zip(out, block.chunk(2), strict=True):
+                self.normalizer.normalize(vectors, out=half[rows])
         return out.flatten(0, 1)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
