@@ -96,7 +96,7 @@ def test_generate_then_train_then_sample(capsys, tmp_path, monkeypatch):
     assert made["runs"] == 20
     small = ["train.max_steps=2", "dataset.target_epoch_size=64", "train.mb_size=4", "transformer.n_embd=8"]
     assert result_of(capsys, "train", "digits_loss", *small)["finished"]
-    sampled = result_of(capsys, "sample", "results/digits_loss", "--prompt", "0.5", "-o", "new.safetensors")
+    sampled = result_of(capsys, "sample", "results/digits_loss", "--prompt", "2.2", "-o", "new.safetensors")
     assert sampled["networks"] == 1
     net = get_task("digits_loss").constructor()
     net.load_state_dict(load_file("new.safetensors"))
@@ -322,6 +322,25 @@ def test_zero_counts_are_named(capsys, tmp_path, arguments, parts):
     error = error_of(capsys, "generate", "digits", tmp_path / "zoo", *arguments)
     assert all(part in error for part in parts)
     assert not (tmp_path / "zoo").exists()
+
+
+def test_a_prompt_beyond_the_training_runs_is_sampled_with_a_warning(capsys, trained, tmp_path):
+    info = load_pretrained(trained).info
+    known = (info.best_metric + info.worst_metric) / 2
+    commands = {
+        "sample": ["-o", tmp_path / "a.safetensors", "--no-novelty"],
+        "walk": ["-o", tmp_path / "a.gif", "--latents", 2, "--points", 2],
+        "novelty": ["--num", 2],
+    }
+    for command, options in commands.items():
+        status, _, err = call(capsys, command, trained, "--prompt", 50, *options, "--json")
+        assert status == 0 and err.count("\n") == 1
+        seen = f"val_loss from {info.best_metric:.4g} to {info.worst_metric:.4g}"
+        assert f"warning: the prompt 50 is outside of what the model has seen: {seen}" in err
+        result_of(capsys, command, trained, "--prompt", known, *options)
+        assert "--prompt must be a finite number, got nan" in error_of(
+            capsys, command, trained, "--prompt", "nan", *options
+        )
 
 
 def test_bad_files_are_named_and_nothing_is_written(capsys, trained, tmp_path):

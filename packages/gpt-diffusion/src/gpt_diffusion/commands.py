@@ -130,12 +130,12 @@ def sample(command: SampleCommand) -> None:
         raise ValueError(f"--num ({command.num}) and --recursive ({command.recursive}) must be at least 1")
     if command.start is not None and command.num > 1:
         raise ValueError("--num is for random initialisations; with --start there is one network")
-    for option, value in (("--prompt", command.prompt), ("--start-metric", command.start_metric)):
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"{option} must be a finite number, got {value}")
+    _check_number("--prompt", command.prompt)
+    _check_number("--start-metric", command.start_metric)
     if not command.out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {command.out}: the folder {command.out.absolute().parent} does not exist")
     pretrained, task = _open(command.model, command.device, command.data_dir, command.config, command.weights)
+    _check_prompt(command.prompt, pretrained)
     starts = _starts(command.start, command.num, command.seed, pretrained, task)
     measure = batched_metric(task, pretrained.device)
     given = command.start_metric
@@ -261,8 +261,7 @@ def novelty(command: NoveltyCommand) -> None:
     """Tell copies of training checkpoints from new networks."""
     if command.num < 1:
         raise ValueError(f"--num must be at least 1, got {command.num}")
-    if command.prompt is not None and not math.isfinite(command.prompt):
-        raise ValueError(f"--prompt must be a finite number, got {command.prompt}")
+    _check_number("--prompt", command.prompt)
     if command.out is not None and not command.out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {command.out}: the folder {command.out.absolute().parent} does not exist")
     given = command.source if _is_weights(command.source) else command.samples
@@ -284,6 +283,7 @@ def novelty(command: NoveltyCommand) -> None:
         networks = _read_networks(given, zoo)
     else:
         assert pretrained is not None, "without a file there is a model"
+        _check_prompt(command.prompt, pretrained)
         starts = _starts(None, command.num, command.seed, pretrained, task)
         metrics = batched_metric(task, pretrained.device)(starts)
         prompt = task.best_prompt if command.prompt is None else command.prompt
@@ -407,7 +407,9 @@ def walk(command: WalkCommand) -> None:
         raise FileNotFoundError(f"--out {command.out}: the folder {command.out.absolute().parent} does not exist")
     if command.latents < 2 or command.points < 2:
         raise ValueError(f"--latents ({command.latents}) and --points ({command.points}) must be at least 2")
+    _check_number("--prompt", command.prompt)
     pretrained, task = _open(command.model, command.device, command.data_dir)
+    _check_prompt(command.prompt, pretrained)
     (start,) = _starts(command.start, 1, command.seed, pretrained, task)
     layout = pretrained.info.layout
     walking.first_layer(start[None], layout, task.input_shape)  # fails before the work
@@ -462,6 +464,17 @@ def _open(
 ) -> tuple[Pretrained, Task]:
     pretrained = load_pretrained(path, choose_device(device), config=config, weights=weights)
     return pretrained, get_task(pretrained.config.dataset.name, data_dir)
+
+
+def _check_number(option: str, value: float | None) -> None:
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"{option} must be a finite number, got {value}")
+
+
+def _check_prompt(prompt: float | None, pretrained: Pretrained) -> None:
+    """Warn of a given prompt that the model cannot know."""
+    if prompt is not None and (message := pretrained.info.outside(prompt)):
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _starts(given: Path | None, count: int, seed: int, pretrained: Pretrained, task: Task) -> Tensor:

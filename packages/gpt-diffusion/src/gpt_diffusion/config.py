@@ -5,6 +5,7 @@ Keys that the published configurations do not have are ours; their meaning stand
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -227,14 +228,31 @@ class Config:
             "vis.recursive_steps": self.vis.recursive_steps,
             "dataset.max_train_runs": self.dataset.max_train_runs,
         }
-        for key, value in {"vis.freq": self.vis.freq, "test.freq": self.test.freq}.items():
-            if value < 0:
-                raise ValueError(f"{key} must be at least 0 (never), got {value}")
+        not_negative = {
+            "vis.freq": self.vis.freq,
+            "test.freq": self.test.freq,
+            "train.base_lr": self.train.base_lr,
+            "train.warmup_epochs": self.train.warmup_epochs,
+            "train.wd": self.train.wd,
+            "train.grad_clip": self.train.grad_clip,
+            "train.behaviour_weight": self.train.behaviour_weight,
+            "dataset.num_test_runs": self.dataset.num_test_runs,
+        }
+        for key, number in not_negative.items():
+            if number < 0:
+                raise ValueError(f"{key} must be at least 0, got {number}")
         for key, value in positive.items():
             if value < 1:
                 raise ValueError(f"{key} must be at least 1, got {value}")
-        if not 0 <= self.train.prompt_dropout < 1:
-            raise ValueError(f"train.prompt_dropout must be at least 0 and below 1, got {self.train.prompt_dropout}")
+        fractions = {
+            "train.prompt_dropout": self.train.prompt_dropout,
+            "train.beta2": self.train.beta2,
+            "train.ema_decay": self.train.ema_decay,
+            "transformer.dropout_prob": self.transformer.dropout_prob,
+        }
+        for key, number in fractions.items():
+            if not 0 <= number < 1:
+                raise ValueError(f"{key} must be at least 0 and below 1, got {number}")
         if self.sampling.guidance != 1 and self.train.prompt_dropout == 0:
             raise ValueError("sampling.guidance needs a model trained with train.prompt_dropout above 0")
         if self.train.objective == "flow" and not self.transformer.predict_xstart:
@@ -387,10 +405,9 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
     elif name in PRESETS:
         tree = PRESETS[name]
     else:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0)[0]
+        near = "".join(f"; did you mean {match!r}?" for match in difflib.get_close_matches(name, PRESETS, n=1))
         raise FileNotFoundError(
-            f"configuration {str(name_or_path)!r} is neither a file nor built in; did you mean {near!r}? "
-            f"Built in: {', '.join(PRESETS)}"
+            f"configuration {str(name_or_path)!r} is neither a file nor built in{near or '.'} Built in: {', '.join(PRESETS)}"
         )
     for override in overrides:
         tree = _override(tree, override)
@@ -471,12 +488,15 @@ def _fit(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401 (a YAML value 
     if get_origin(hint) is Literal:
         if value in get_args(hint):
             return value
-        raise ValueError(f"{key}: expected one of {', '.join(map(str, get_args(hint)))}, got {value!r}")
+        near = difflib.get_close_matches(str(value), get_args(hint), n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{key}: expected one of {', '.join(map(str, get_args(hint)))}, got {value!r}{meant}")
     if hint is float:
         try:  # YAML 1.1 reads 1e-3 as text
-            return float(value) if not isinstance(value, bool) else _fail(value, hint, key)
+            number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
-            return _fail(value, hint, key)
+            number = math.nan
+        return number if math.isfinite(number) else _fail(value, hint, key)
     if isinstance(value, bool) is (hint is bool) and isinstance(value, hint):
         return value
     if hint is str and not isinstance(value, (Mapping, list)) and value is not None:
@@ -485,4 +505,4 @@ def _fit(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401 (a YAML value 
 
 
 def _fail(value: Any, hint: type, key: str) -> None:  # noqa: ANN401 (any YAML value)
-    raise ValueError(f"{key}: expected {hint.__name__}, got {value!r}")
+    raise ValueError(f"{key}: expected {'true or false' if hint is bool else hint.__name__}, got {value!r}")

@@ -62,7 +62,7 @@ class Monitor:
         processes: Each of them takes ``vis.num_nets_per_gpu`` networks per group.
 
     Raises:
-        FileNotFoundError: The task's data are missing; the message says how to do without.
+        FileNotFoundError: The task's data are missing.
     """
 
     def __init__(
@@ -75,10 +75,7 @@ class Monitor:
         processes: Processes,
     ) -> None:
         self.config, self.task, self.info, self.processes = config, task, info, processes
-        try:
-            self._measure = batched_metric(task, processes.device)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error} (vis.freq=0 trains without prompting)") from None
+        self._measure = batched_metric(task, processes.device)
         table = torch.from_numpy(zoo.metrics[info.metric].padded())
         self.groups = {name: self._group(zoo, table, runs) for name, runs in groups.items() if len(runs)}
 

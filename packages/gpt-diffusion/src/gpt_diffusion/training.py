@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 import shutil
 import sys
@@ -156,7 +157,10 @@ def _prepare_run(config: Config, data_dir: Path | None, processes: Processes) ->
     monitor = None
     if config.vis.freq > 0:
         groups = {"training_set": dataset.runs} | ({} if config.debug_mode else {"test_set": unseen})
-        monitor = Monitor(config, zoo, task, info, groups, processes)
+        try:
+            monitor = Monitor(config, zoo, task, info, groups, processes)
+        except FileNotFoundError as error:
+            logging.getLogger(__name__).warning("the model is not prompted while it learns (vis.freq): %s", error)
     behaviour = _behaviour(config, task, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.rng_seed)

@@ -61,6 +61,7 @@ def training_pairs(config: Config, zoo: Zoo, task: Task, device: torch.device) -
         openai_coeff=coeff,
         weight_range=(low, high),
         best_metric=float(np.nanmin(table) if task.minimize else np.nanmax(table)),
+        worst_metric=float(np.nanmax(table) if task.minimize else np.nanmin(table)),
         final_metric=float(np.median(last)),
         units=UnitTokens.from_symmetry(task.symmetry()) if units else None,
     )
