@@ -18,7 +18,6 @@ from gpt_diffusion import Diffusion, GptModel, sample
 from torch import Tensor
 
 SIZES = [7840, 10, 100, 10]
-HEADS = 4
 
 
 def build_model() -> GptModel:
@@ -29,7 +28,7 @@ def build_model() -> GptModel:
         split_policy="chunk_within_layer",
         chunk_size=1000,
         n_layer=4,
-        n_head=HEADS,
+        n_head=4,
         n_embd=256,
         max_freq_log2=14,
         num_frequencies=128,
@@ -56,7 +55,7 @@ def plain_forward(model: GptModel, x: Tensor, t: Tensor, target: Tensor, prev: T
     h = net.ln_in(torch.stack(encoded, dim=1)) + net.pos_emb
     for block in net.blocks:
         a, normed = block.attn, block.ln1(h)
-        q, k, v = (f(normed).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (a.query, a.key, a.value))
+        q, k, v = (f(normed).unflatten(-1, (a.n_head, -1)).transpose(1, 2) for f in (a.query, a.key, a.value))
         weights = F.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1)
         h = h + a.proj((weights @ v).transpose(1, 2).flatten(2))
         h = h + block.mlp(block.ln2(h))

@@ -7,10 +7,12 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from gpt_diffusion import load_pretrained, train
 from gpt_diffusion.cli import main
+from gpt_diffusion.curves import read_curves
 from gpt_diffusion.evaluation import batched_metric, mean_and_band
 from gpt_diffusion.prompting import spread_losses
 from safetensors.torch import load_file, save_file
@@ -94,7 +96,7 @@ def test_generate_then_train_then_sample(capsys, tmp_path, monkeypatch):
     assert made["runs"] == 20
     small = ["train.max_steps=2", "dataset.target_epoch_size=64", "train.mb_size=4", "transformer.n_embd=8"]
     assert result_of(capsys, "train", "digits_loss", *small)["finished"]
-    sampled = result_of(capsys, "sample", "results/digits_loss", "--prompt", "0.5", "-o", "new.safetensors")
+    sampled = result_of(capsys, "sample", "results/digits_loss", "--prompt", "2.2", "-o", "new.safetensors")
     assert sampled["networks"] == 1
     net = get_task("digits_loss").constructor()
     net.load_state_dict(load_file("new.safetensors"))
@@ -207,6 +209,47 @@ def test_eval_against_optimizers(capsys, trained, tmp_path):
     assert "--against-steps must be" in error_of(capsys, "eval", trained, *options[:3], 0)
 
 
+def test_eval_writes_and_reads_the_published_figure_files(capsys, trained, tmp_path):
+    files, out = tmp_path / "figure_files", tmp_path / "curves.json"
+    options = ["--out", out, "--no-novelty", "--against", "sgd", "--against-steps", 8]
+    result = result_of(capsys, "eval", trained, "--curve-files", files, "--figures", "no", *options)
+    assert sorted(map(str, files.iterdir())) == sorted(result["curve_files"])
+    stored = json.loads(out.read_text())["figures"]
+    for name, curves in stored.items():
+        assert torch.load(files / f"{name}.pt", weights_only=True) == curves == read_curves(files / f"{name}.pt")
+    line = stored["recursive_test_set_zero"]
+    rival = json.loads(out.read_text())["against"]["sgd"]
+    assert (line["key"][-1], line["x"][-1], line["y"][-1]) == ("gradient-based", [0, 1, 2], rival["mean"][:3])
+    assert "gradient-based" not in stored["recursive_training_set_zero"]["key"]
+    plain, both = tmp_path / "curves-dvo.png", tmp_path / "beside-dvo.png"
+    result_of(capsys, "eval", trained, *options[:3])
+    result_of(capsys, "eval", trained, "--beside", files, "--out", tmp_path / "beside.json", "--no-novelty")
+    assert plain.read_bytes() != both.read_bytes()
+    assert "there is none of dvo_training_set" in error_of(capsys, "eval", trained, "--beside", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "no published figure file"),
+        ({"x": [[1.0]], "y": [[1.0]]}, "no published figure file"),
+        ({"x": [[1.0, 2.0]], "y": [[1.0]], "key": ["a"]}, "no published figure file"),
+        ({"x": [1.0], "y": [1.0], "key": ["a"]}, "no published figure file"),
+        ({"x": [[1.0], []], "y": [[1.0], []], "key": ["dnn_a_0", "dnn_a_1"]}, "different numbers of points"),
+    ],
+)
+def test_other_files_are_no_figure_files(content, message, tmp_path):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=f"a.pt.*{message}"):
+        read_curves(tmp_path / "a.pt")
+
+
+def test_lines_of_tensors_and_arrays_are_read(tmp_path):
+    lines = {"x": [torch.arange(2), np.arange(2)], "y": torch.ones(2, 2), "key": ["optimal", "dnn_test_set_0"]}
+    torch.save(lines, tmp_path / "a.pt")
+    assert read_curves(tmp_path / "a.pt") == {"x": [[0, 1]] * 2, "y": [[1, 1]] * 2, "key": lines["key"]}
+
+
 def test_sample_says_whether_the_samples_are_new(capsys, trained, digits_zoo, tmp_path):
     out = tmp_path / "out.safetensors"
     result = result_of(capsys, "sample", trained, "--prompt", 1.0, "--num", 3, "-o", out)
@@ -279,6 +322,25 @@ def test_zero_counts_are_named(capsys, tmp_path, arguments, parts):
     error = error_of(capsys, "generate", "digits", tmp_path / "zoo", *arguments)
     assert all(part in error for part in parts)
     assert not (tmp_path / "zoo").exists()
+
+
+def test_a_prompt_beyond_the_training_runs_is_sampled_with_a_warning(capsys, trained, tmp_path):
+    info = load_pretrained(trained).info
+    known = (info.best_metric + info.worst_metric) / 2
+    commands = {
+        "sample": ["-o", tmp_path / "a.safetensors", "--no-novelty"],
+        "walk": ["-o", tmp_path / "a.gif", "--latents", 2, "--points", 2],
+        "novelty": ["--num", 2],
+    }
+    for command, options in commands.items():
+        status, _, err = call(capsys, command, trained, "--prompt", 50, *options, "--json")
+        assert status == 0 and err.count("\n") == 1
+        seen = f"val_loss from {info.best_metric:.4g} to {info.worst_metric:.4g}"
+        assert f"warning: the prompt 50 is outside of what the model has seen: {seen}" in err
+        result_of(capsys, command, trained, "--prompt", known, *options)
+        assert "--prompt must be a finite number, got nan" in error_of(
+            capsys, command, trained, "--prompt", "nan", *options
+        )
 
 
 def test_bad_files_are_named_and_nothing_is_written(capsys, trained, tmp_path):

@@ -12,11 +12,16 @@ from gpt_diffusion.config import config_to_yaml
 from gpt_diffusion.distributed import Processes
 
 SMALL = ["train.max_steps=6", "train.log_freq=1", "train.checkpoint_freq=3", "train.ema_decay=0.9"]
+SMALL += ["dataset.target_epoch_size=28", "vis.freq=2", "vis.num_nets_per_gpu=1"]  # prompted after 3 and 6 steps
 LAYERS = ["transformer.tokens=layers", "transformer.split_policy=layer_by_layer", "transformer.num_frequencies=8"]
 
 
 def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in log_of(folder) if "loss" in line]
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def in_processes(config, folder, *options, count=2, expect=0):
@@ -56,6 +61,8 @@ def test_two_processes_compute_what_one_does(tiny_config, tmp_path, parallel, ov
     torch.testing.assert_close(losses(config.folder), losses(alone.folder), rtol=1e-4, atol=0)
     ours, theirs = (load_pretrained(folder).model.state_dict() for folder in (config.folder, alone.folder))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    judged = [line for line in log_of(config.folder) if "prompt_alignment_test_set" in line]
+    assert [line["step"] for line in judged] == [3, 6] and (config.folder / "best.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -119,15 +119,15 @@ def test_training_leaves_out_what_is_listed(digits_zoo, tmp_path, caplog):
     import shutil
 
     from gpt_diffusion.config import DatasetConfig
-    from gpt_diffusion.training import _good_runs
+    from gpt_diffusion.training_data import good_runs
 
     shutil.copytree(digits_zoo, tmp_path / "zoo")
     zoo = Zoo.open(tmp_path / "zoo")
-    everything = _good_runs(zoo, DatasetConfig(), "val_loss", "train")
+    everything = good_runs(zoo, DatasetConfig(), "val_loss", "train")
     largest = max(zoo.params[int(i)].abs().max().item() for i in zoo.split("train"))
     report = prepare(zoo.path, max_abs=0.999 * largest, progress=False)
     with caplog.at_level(logging.WARNING):
-        left = _good_runs(zoo, DatasetConfig(), "val_loss", "train")
+        left = good_runs(zoo, DatasetConfig(), "val_loss", "train")
     assert 0 < len(left) < len(everything)
     assert {zoo.runs[i].id for i in everything} - {zoo.runs[i].id for i in left} == set(report.bad_runs) & {
         zoo.runs[i].id for i in everything
@@ -135,7 +135,7 @@ def test_training_leaves_out_what_is_listed(digits_zoo, tmp_path, caplog):
     assert "listed in prepared.json" in caplog.text
     (zoo.path / "prepared.json").write_text("[]")
     with pytest.raises(ValueError, match=r"prepared.json is damaged: no table 'excluded'"):
-        _good_runs(zoo, DatasetConfig(), "val_loss", "train")
+        good_runs(zoo, DatasetConfig(), "val_loss", "train")
 
 
 def test_the_command(capsys, zoo, tmp_path):

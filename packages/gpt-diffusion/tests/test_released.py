@@ -7,29 +7,19 @@ from functools import partial
 import pytest
 import torch
 from gpt_diffusion import GptModel, load_config, load_pretrained, released, train
-from gpt_diffusion.cartpole.policy import Actor
 from gpt_diffusion.cli import main
 from gpt_diffusion.distributed import Processes
 from gpt_diffusion.optim import averaged_copy, make_optimizer, param_groups
 from gpt_diffusion.released import read_released
 from gpt_diffusion.training import Training, _prepare_run
 from support.golden import fill
-from zoo_common.tasks import Task, get_task
+from zoo_common.tasks import get_task
 
 SMALL = ["transformer.n_embd=16", "transformer.n_layer=2", "transformer.n_head=2", "sampling.sampler=ddim"]
 SMALL += ["sampling.steps=3"]
 NAMES = ["mnist_loss", "mnist_error", "cifar10_loss", "cifar10_error", "cartpole"]
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(autouse=True)
-def tasks(monkeypatch):
-    """The registry with a cart-pole that costs nothing."""
-    options = {"data_fn": tuple, "test_fn": lambda net: 0.0, "minimize": False, "metric_name": "train_ret"}
-    options |= {"best_prompt": 500.0, "recursive_prompt": 500.0, "input_shape": (4,)}
-    cartpole = Task(name="cartpole", constructor=Actor, **options)
-    monkeypatch.setattr(released, "get_task", lambda name: cartpole if name == "cartpole" else get_task(name))
 
 
 def expected_of(config):
@@ -90,7 +80,7 @@ def test_files_of_all_layouts_load_and_sample(name, tmp_path):
         pretrained = load_pretrained(tmp_path / "other.pt", config=config, weights=weights)
         for key, tensor in source.state_dict().items():
             assert torch.equal(pretrained.model.state_dict()[key], tensor)
-    starts = pretrained.info.layout.stack([Actor() if name == "cartpole" else get_task(name).constructor()]).detach()
+    starts = pretrained.info.layout.stack([get_task(name).constructor()]).detach()
     sampled = pretrained.sample(starts, prompt=1.0, start_metric=torch.tensor([2.0]))
     assert sampled.shape == starts.shape and not torch.equal(sampled, starts)
 
@@ -211,7 +201,8 @@ def test_training_goes_on_from_a_released_file(tiny_config, tmp_path):
         train(tiny_config(*settings, "train.num_ep=1", "exp_name=short"), quiet=True)
 
 
-def test_test_only_judges_the_model_of_resume_path(digits_zoo, capsys, tmp_path):
+def test_test_only_judges_the_model_of_resume_path(digits_zoo, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     settings = ["transformer.tokens=layers", "transformer.n_embd=8", "transformer.n_layer=1", "transformer.n_head=2"]
     settings += [f"dataset.path={digits_zoo}", "sampling.steps=2", "vis.num_nets_per_gpu=2", "vis.dvo_steps=3"]
     settings += ["dataset.openai_coeff=4", f"out_dir={tmp_path / 'results'}"]
@@ -221,6 +212,8 @@ def test_test_only_judges_the_model_of_resume_path(digits_zoo, capsys, tmp_path)
     scores = json.loads(capsys.readouterr().out)
     assert scores.keys() >= {"training_set", "test_set"}
     assert not (tmp_path / "results").exists()
+    files = sorted(path.name for path in (tmp_path / "figure_files" / "digits_loss").iterdir())
+    assert files[0] == "dvo_test_set_test_set.pt" and len(files) == 4
 
 
 @pytest.mark.parametrize("command", ["eval", "sample"])

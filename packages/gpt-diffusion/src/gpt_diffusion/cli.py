@@ -126,7 +126,7 @@ class TrainCommand:
     objective: Literal["diffusion", "flow"] | None = None
     """What is learned; default: as configured (diffusion, as published)."""
     data_dir: Path | None = None
-    """Folder with the data files of the task, for tasks whose data do not come with scikit-learn."""
+    """Folder with the data files of the task (for prompting and the behaviour term), unless they come with scikit-learn."""
     limit_seconds: float | None = None
     """Stop after this time; --resume goes on."""
     dry_run: bool = False
@@ -196,6 +196,10 @@ class EvalCommand:
     """JSON file for all curves; figures stand beside it; default: eval.json in the folder of the run."""
     figures: Literal["auto", "yes", "no"] = "auto"
     """auto: if matplotlib (extra `plot`) is there."""
+    curve_files: Path | None = None
+    """Also write the curves to this folder as the published figure files (dvo_test_set_test_set.pt ...)."""
+    beside: Path | None = None
+    """Folder with such files of another evaluation, drawn in our figures too."""
     no_novelty: bool = False
     """Do not compare the samples with the training checkpoints."""
     seed: int = 0

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -38,11 +38,21 @@ from gpt_diffusion.cli import (
     WalkCommand,
 )
 from gpt_diffusion.config import Config, config_to_yaml, load_config
+from gpt_diffusion.curves import (
+    GRADIENT,
+    GROUPS,
+    KINDS,
+    Curves,
+    curve_name,
+    dvo_curves,
+    read_curves,
+    recursive_curves,
+    write_curves,
+)
 from gpt_diffusion.device import choose_device
-from gpt_diffusion.evaluation import Evaluation, as_sampler, batched_metric
+from gpt_diffusion.evaluation import Evaluation, as_sampler, batched_metric, best_metric, trajectory_prompts
 from gpt_diffusion.evaluation import evaluate as prompt_and_judge
 from gpt_diffusion.pretrained import KIND, Pretrained, load_pretrained
-from gpt_diffusion.prompting import spread_losses
 from gpt_diffusion.published import open_runs, split_runs
 from gpt_diffusion.trust import NoveltyReport, novelty_report
 
@@ -85,8 +95,15 @@ def train(command: TrainCommand) -> int:
         print(config_to_yaml(config), end="")
         return 0
     if config.test_only:
-        judged = EvalCommand(Path(str(config.resume_path)), device=config.device, data_dir=command.data_dir)
-        evaluate(dataclasses.replace(judged, seed=config.rng_seed, json=command.json), config)
+        judged = EvalCommand(
+            Path(str(config.resume_path)),
+            device=config.device,
+            data_dir=command.data_dir,
+            curve_files=Path("figure_files", config.exp_name),
+            seed=config.rng_seed,
+            json=command.json,
+        )
+        evaluate(judged, config)
         return 0
     if command.dry_run:
         _show(dataclasses.asdict(training.forecast(config, data_dir=command.data_dir)), command.json)
@@ -113,12 +130,12 @@ def sample(command: SampleCommand) -> None:
         raise ValueError(f"--num ({command.num}) and --recursive ({command.recursive}) must be at least 1")
     if command.start is not None and command.num > 1:
         raise ValueError("--num is for random initialisations; with --start there is one network")
-    for option, value in (("--prompt", command.prompt), ("--start-metric", command.start_metric)):
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"{option} must be a finite number, got {value}")
+    _check_number("--prompt", command.prompt)
+    _check_number("--start-metric", command.start_metric)
     if not command.out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {command.out}: the folder {command.out.absolute().parent} does not exist")
     pretrained, task = _open(command.model, command.device, command.data_dir, command.config, command.weights)
+    _check_prompt(command.prompt, pretrained)
     starts = _starts(command.start, command.num, command.seed, pretrained, task)
     measure = batched_metric(task, pretrained.device)
     given = command.start_metric
@@ -152,11 +169,13 @@ def evaluate(command: EvalCommand, config: Config | None = None) -> None:
     if command.against_steps is not None and command.against_steps < 1:
         raise ValueError(f"--against-steps must be at least 1, got {command.against_steps}")
     drawing = _can_draw(command.figures)
+    beside = _published_curves(command.beside) if command.beside is not None else {}
     out = _eval_file(command)
     pretrained, task = _open(command.model, command.device, command.data_dir, config or command.config, command.weights)
     if optimizers and (task.recipe is None or task.splits is None):
         raise ValueError(f"--against: task {task.name!r} has no training recipe for supervised runs")
-    count = command.networks or pretrained.config.vis.num_nets_per_gpu
+    vis = pretrained.config.vis
+    count = vis.num_nets_per_gpu if command.networks is None else command.networks
     if count < 1:
         raise ValueError(f"--networks must be at least 1, got {count}")
     zoo = open_runs(pretrained.config.dataset, command.zoo)
@@ -166,16 +185,16 @@ def evaluate(command: EvalCommand, config: Config | None = None) -> None:
         raise ValueError(f"{zoo.path}: no metric {pretrained.info.metric!r}; the zoo has {', '.join(zoo.metrics)}")
     table = torch.from_numpy(zoo.metrics[pretrained.info.metric].padded())
     judged, optima = {}, {}
-    for group, split in (("training_set", "train"), ("test_set", "test")):
+    for group, split in GROUPS.items():
         every = split_runs(zoo, pretrained.config.dataset, split)
         if not len(every):
             raise ValueError(f"{zoo.path}: the zoo has no run in its {split} split")
-        optima[group] = _best(table[every], task).item()
+        optima[group] = best_metric(table[every], task.minimize)
         runs = every[:count]
-        prompts = _trajectory_prompts(table[runs], pretrained, task) if command.prompts == "trajectory" else None
+        drawn = command.prompts == "trajectory"
+        prompts = trajectory_prompts(table[runs], vis.dvo_steps, task.minimize) if drawn else None
         starts = zoo.params.gather(runs, np.zeros_like(runs))
-        calls = 1 + pretrained.config.vis.recursive_steps
-        with _progress(pretrained.config, calls, command.json, group) as progress:
+        with _progress(pretrained.config, 1 + vis.recursive_steps, command.json, group) as progress:
             judged[group] = prompt_and_judge(
                 pretrained, task, starts, prompts=prompts, seed=command.seed, progress=progress
             )
@@ -194,21 +213,15 @@ def evaluate(command: EvalCommand, config: Config | None = None) -> None:
     if not command.no_novelty:
         summary["novelty"] = _novelty_in_short(judged["test_set"].samples, zoo.path, task, command)
         scores["novelty"] = summary["novelty"]
-    scores["figures"] = {
-        name: lines
-        for group, evaluation in judged.items()
-        for name, lines in zip(
-            (f"dvo_{group}_{group}", f"recursive_{group}_zero"),
-            evaluation.series(group, optima[group]).values(),
-            strict=True,
-        )
-    }
+    scores["figures"] = _curves(judged, optima, rivals)
+    if command.curve_files is not None:
+        summary["curve_files"] = [str(path) for path in write_curves(command.curve_files, scores["figures"])]
     if out is not None:
         write_json(out, scores)
         summary["curves"] = str(out)
     if out is not None and drawing:
         stem, metric = out.with_suffix(""), pretrained.info.metric
-        files = figures.draw_evaluation(judged, optima, metric, stem)
+        files = figures.draw_evaluation(judged, optima, metric, stem, scores["figures"], beside)
         files += [figures.draw_rivals(judged["test_set"], rivals, metric, stem)] if rivals else []
         summary["figures"] = [str(file) for file in files]
     elif command.figures == "auto" and out is not None:
@@ -216,12 +229,39 @@ def evaluate(command: EvalCommand, config: Config | None = None) -> None:
     _show(summary, command.json)
 
 
+def _curves(
+    judged: Mapping[str, Evaluation], optima: Mapping[str, float], rivals: Sequence[against.Rival]
+) -> dict[str, Curves]:
+    """The published figure files by name; the first rival is the optimizer in them."""
+    found = {}
+    for group, evaluation in judged.items():
+        gradient = None
+        if rivals and group == "test_set":
+            updates = evaluation.recursive.desired.shape[1]
+            shown = [i for i, step in enumerate(rivals[0].steps) if step <= updates]
+            gradient = (GRADIENT, [float(rivals[0].steps[i]) for i in shown], [rivals[0].mean[i] for i in shown])
+        optimum = optima[group]
+        found[curve_name("dvo", group)] = dvo_curves(evaluation.one_step, group, optimum)
+        found[curve_name("recursive", group)] = recursive_curves(evaluation.recursive, group, optimum, gradient)
+    return found
+
+
+def _published_curves(folder: Path) -> dict[str, Curves]:
+    """Those of the figure files of another evaluation that are in a folder."""
+    paths = {name: folder / f"{name}.pt" for group in GROUPS for name in (curve_name(k, group) for k in KINDS)}
+    found = {name: read_curves(path) for name, path in paths.items() if path.is_file()}
+    if not found:
+        raise FileNotFoundError(
+            f"--beside {folder}: there is none of {', '.join(path.name for path in paths.values())}"
+        )
+    return found
+
+
 def novelty(command: NoveltyCommand) -> None:
     """Tell copies of training checkpoints from new networks."""
     if command.num < 1:
         raise ValueError(f"--num must be at least 1, got {command.num}")
-    if command.prompt is not None and not math.isfinite(command.prompt):
-        raise ValueError(f"--prompt must be a finite number, got {command.prompt}")
+    _check_number("--prompt", command.prompt)
     if command.out is not None and not command.out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {command.out}: the folder {command.out.absolute().parent} does not exist")
     given = command.source if _is_weights(command.source) else command.samples
@@ -243,6 +283,7 @@ def novelty(command: NoveltyCommand) -> None:
         networks = _read_networks(given, zoo)
     else:
         assert pretrained is not None, "without a file there is a model"
+        _check_prompt(command.prompt, pretrained)
         starts = _starts(None, command.num, command.seed, pretrained, task)
         metrics = batched_metric(task, pretrained.device)(starts)
         prompt = task.best_prompt if command.prompt is None else command.prompt
@@ -324,19 +365,6 @@ def _eval_file(command: EvalCommand) -> Path | None:
     return path
 
 
-def _best(metrics: Tensor, task: Task) -> Tensor:
-    """Best metric; the entries that a run does not have are NaN."""
-    known = metrics[metrics.isfinite()]
-    return known.min() if task.minimize else known.max()
-
-
-def _trajectory_prompts(metrics: Tensor, pretrained: Pretrained, task: Task) -> Tensor:
-    """Prompts (n, k) from the recorded metrics of runs, the first checkpoint's first."""
-    rows = [row[row.isfinite()] for row in metrics]
-    steps = pretrained.config.vis.dvo_steps
-    return torch.cat([spread_losses(row[None], steps, task.minimize) for row in rows])
-
-
 def _rivals(
     optimizers: tuple[str, ...],
     command: EvalCommand,
@@ -379,7 +407,9 @@ def walk(command: WalkCommand) -> None:
         raise FileNotFoundError(f"--out {command.out}: the folder {command.out.absolute().parent} does not exist")
     if command.latents < 2 or command.points < 2:
         raise ValueError(f"--latents ({command.latents}) and --points ({command.points}) must be at least 2")
+    _check_number("--prompt", command.prompt)
     pretrained, task = _open(command.model, command.device, command.data_dir)
+    _check_prompt(command.prompt, pretrained)
     (start,) = _starts(command.start, 1, command.seed, pretrained, task)
     layout = pretrained.info.layout
     walking.first_layer(start[None], layout, task.input_shape)  # fails before the work
@@ -434,6 +464,17 @@ def _open(
 ) -> tuple[Pretrained, Task]:
     pretrained = load_pretrained(path, choose_device(device), config=config, weights=weights)
     return pretrained, get_task(pretrained.config.dataset.name, data_dir)
+
+
+def _check_number(option: str, value: float | None) -> None:
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"{option} must be a finite number, got {value}")
+
+
+def _check_prompt(prompt: float | None, pretrained: Pretrained) -> None:
+    """Warn of a given prompt that the model cannot know."""
+    if prompt is not None and (message := pretrained.info.outside(prompt)):
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _starts(given: Path | None, count: int, seed: int, pretrained: Pretrained, task: Task) -> Tensor:

@@ -5,6 +5,7 @@ Keys that the published configurations do not have are ours; their meaning stand
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -139,15 +140,15 @@ class VisConfig:
     """Evaluation by prompting."""
 
     freq: int = 20
-    """Has no effect: nothing is prompted during the training; use ``gpt-diffusion eval``."""
+    """Epochs between two promptings during the training, the first after one epoch; 0: none (ours)."""
     use_ema: bool = True
-    """Prompt the moving average of a released model, or else its raw weights."""
+    """Prompt the moving average, or else the raw weights: while training, and of a released model."""
     num_nets_per_gpu: int = 8
-    """Starting networks per group (training runs, unseen runs)."""
+    """Starting networks per group (training runs, unseen runs) and process."""
     net_mb_size_per_gpu: int = 8
     """Has no effect: the size of batches does not change the result."""
     recursive_probe: bool = True
-    """Has no effect: ``eval`` always prompts recursively too."""
+    """Prompt recursively too while training; ``eval`` always does."""
     dvo_steps: int = 20
     """Prompts per network on the desired-versus-observed curve."""
     prompt_start_coeff: float = 1.0
@@ -199,7 +200,7 @@ class Config:
     num_gpus: int = 1
     """Only 1: a training uses one device."""
     debug_mode: bool = False
-    """Has no effect."""
+    """Learn the first run alone, from its first checkpoint on; prompt it for metrics of its own training."""
     logger: Literal["jsonl", "wandb"] = "jsonl"
     """Where metrics go beside ``metrics.jsonl`` (ours)."""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -227,11 +228,31 @@ class Config:
             "vis.recursive_steps": self.vis.recursive_steps,
             "dataset.max_train_runs": self.dataset.max_train_runs,
         }
+        not_negative = {
+            "vis.freq": self.vis.freq,
+            "test.freq": self.test.freq,
+            "train.base_lr": self.train.base_lr,
+            "train.warmup_epochs": self.train.warmup_epochs,
+            "train.wd": self.train.wd,
+            "train.grad_clip": self.train.grad_clip,
+            "train.behaviour_weight": self.train.behaviour_weight,
+            "dataset.num_test_runs": self.dataset.num_test_runs,
+        }
+        for key, number in not_negative.items():
+            if number < 0:
+                raise ValueError(f"{key} must be at least 0, got {number}")
         for key, value in positive.items():
             if value < 1:
                 raise ValueError(f"{key} must be at least 1, got {value}")
-        if not 0 <= self.train.prompt_dropout < 1:
-            raise ValueError(f"train.prompt_dropout must be at least 0 and below 1, got {self.train.prompt_dropout}")
+        fractions = {
+            "train.prompt_dropout": self.train.prompt_dropout,
+            "train.beta2": self.train.beta2,
+            "train.ema_decay": self.train.ema_decay,
+            "transformer.dropout_prob": self.transformer.dropout_prob,
+        }
+        for key, number in fractions.items():
+            if not 0 <= number < 1:
+                raise ValueError(f"{key} must be at least 0 and below 1, got {number}")
         if self.sampling.guidance != 1 and self.train.prompt_dropout == 0:
             raise ValueError("sampling.guidance needs a model trained with train.prompt_dropout above 0")
         if self.train.objective == "flow" and not self.transformer.predict_xstart:
@@ -271,7 +292,7 @@ _DIGITS_LOSS: dict[str, Any] = {
         "checkpoint_steps": 500,
     },
     "sampling": {"sampler": "ddim", "steps": 20},
-    "vis": {"num_nets_per_gpu": 32},
+    "vis": {"num_nets_per_gpu": 32, "freq": 0},
 }
 
 _NAMES = ("mnist_loss", "mnist_error", "cifar10_loss", "cifar10_error", "cartpole")
@@ -384,10 +405,9 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
     elif name in PRESETS:
         tree = PRESETS[name]
     else:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0)[0]
+        near = "".join(f"; did you mean {match!r}?" for match in difflib.get_close_matches(name, PRESETS, n=1))
         raise FileNotFoundError(
-            f"configuration {str(name_or_path)!r} is neither a file nor built in; did you mean {near!r}? "
-            f"Built in: {', '.join(PRESETS)}"
+            f"configuration {str(name_or_path)!r} is neither a file nor built in{near or '.'} Built in: {', '.join(PRESETS)}"
         )
     for override in overrides:
         tree = _override(tree, override)
@@ -468,12 +488,15 @@ def _fit(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401 (a YAML value 
     if get_origin(hint) is Literal:
         if value in get_args(hint):
             return value
-        raise ValueError(f"{key}: expected one of {', '.join(map(str, get_args(hint)))}, got {value!r}")
+        near = difflib.get_close_matches(str(value), get_args(hint), n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{key}: expected one of {', '.join(map(str, get_args(hint)))}, got {value!r}{meant}")
     if hint is float:
         try:  # YAML 1.1 reads 1e-3 as text
-            return float(value) if not isinstance(value, bool) else _fail(value, hint, key)
+            number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
-            return _fail(value, hint, key)
+            number = math.nan
+        return number if math.isfinite(number) else _fail(value, hint, key)
     if isinstance(value, bool) is (hint is bool) and isinstance(value, hint):
         return value
     if hint is str and not isinstance(value, (Mapping, list)) and value is not None:
@@ -482,4 +505,4 @@ def _fit(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401 (a YAML value 
 
 
 def _fail(value: Any, hint: type, key: str) -> None:  # noqa: ANN401 (any YAML value)
-    raise ValueError(f"{key}: expected {hint.__name__}, got {value!r}")
+    raise ValueError(f"{key}: expected {'true or false' if hint is bool else hint.__name__}, got {value!r}")

@@ -45,6 +45,7 @@ class ParameterDataset:
         max_spacing: Largest distance; None: as far as the run goes.
         epoch_size: Pairs per epoch, rounded down to a multiple of the number of runs.
         augment: Permutes the hidden units of each pair at random (the same way for both).
+        from_first: Move every pair to the beginning of its run.
         seed: Seed of everything drawn.
         device: Where batches are wanted.
 
@@ -65,12 +66,14 @@ class ParameterDataset:
         max_spacing: int | None = None,
         epoch_size: int | None = None,
         augment: Permuter | None = None,
+        from_first: bool = False,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         self.epoch_size = pairs_per_epoch(len(runs), len(runs) if epoch_size is None else epoch_size)
         self.zoo, self.runs, self.mode, self.seed = zoo, np.asarray(runs), mode, seed
         self.spacing = (min_spacing, max_spacing)
+        self.from_first = from_first
         self.normalizer, self.augment, self.device = normalizer, augment, torch.device(device)
         self.metrics = zoo.metrics[metric].padded()  # (R, C), NaN after a run's end
         self.lengths = np.array([run.checkpoints for run in zoo.runs])
@@ -94,6 +97,8 @@ class ParameterDataset:
             start, target = self._prompted(runs, rng)
         else:
             _, start, target = self.zoo.pairs(runs, rng, min_spacing=self.spacing[0], max_spacing=self.spacing[1])
+        if self.from_first:
+            start, target = np.zeros_like(start), target - start
         runs, start, target = runs[rows], start[rows], target[rows]
         weights = self._weights(runs, start, target, k, size, rows).to(self.device)
         metrics = [torch.from_numpy(self.metrics[runs, index]).to(self.device) for index in (start, target)]
@@ -118,7 +123,8 @@ class ParameterDataset:
             block = self.zoo.params.gather(np.tile(runs[rows], 2), np.concatenate([start[rows], target[rows]]))
             if self.augment is not None:
                 block = self.augment.apply(block, [torch.cat([p[rows]] * 2) for p in permutations])
-            out[:, rows] = self.normalizer.normalize(block).unflatten(0, (2, -1))
+            for half, vectors in zip(out, block.chunk(2), strict=True):
+                self.normalizer.normalize(vectors, out=half[rows])
         return out.flatten(0, 1)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:

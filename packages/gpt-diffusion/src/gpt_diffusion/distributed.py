@@ -58,6 +58,14 @@ class Processes:
         dist.all_reduce(total)
         return total / self.world
 
+    def collect(self, rows: Tensor) -> Tensor:
+        """The first row of each process, then the second of each, and so on; as many from each."""
+        if self.world == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.world)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.stack(parts, dim=1).flatten(0, 1)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process; all get the same answer."""
         if self.world == 1:
@@ -126,6 +134,12 @@ def gather(model: nn.Module, optimizer: Optimizer | None, plain: nn.Module, plai
         plain.load_state_dict(weights)
         if plain_optimizer is not None:
             set_optimizer_state_dict(plain, plain_optimizer, state)
+
+
+def whole(model: nn.Module, plain: nn.Module) -> nn.Module:
+    """A plain model with the weights of a sharded one, in every process."""
+    plain.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+    return plain
 
 
 def scatter(model: nn.Module, optimizer: Optimizer | None, plain: nn.Module, plain_optimizer: Optimizer | None) -> None:

@@ -4,7 +4,7 @@ Shapes: ``n`` starting networks, ``k`` prompts, ``D`` weights.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from zoo_common.population import Population
 from zoo_common.tasks import Task, classification_error, classification_loss
 
 from gpt_diffusion.cartpole.task import mean_return, mean_returns_of
+from gpt_diffusion.config import VisConfig
 from gpt_diffusion.pretrained import Pretrained
 from gpt_diffusion.prompting import (
     MetricFn,
@@ -24,6 +25,7 @@ from gpt_diffusion.prompting import (
     one_step_prompting,
     prompt_alignment,
     recursive_prompting,
+    spread_losses,
 )
 
 
@@ -44,26 +46,6 @@ class Evaluation:
     def alignment(self) -> float:
         """Prompt alignment, 1 is perfect."""
         return _alignment(self.one_step.desired, self.one_step.observed[:, 1:])
-
-    def series(self, tag: str, optimum: float) -> dict[str, dict[str, list[Any]]]:
-        """The lines of the published figure files: ``x``, ``y`` and ``key`` (name) of each line.
-
-        Args:
-            tag: Name of the group, part of the names of its networks: ``dnn_<tag>_<i>``.
-            optimum: Best metric of the runs of this split.
-        """
-        prompts, largest = self.one_step.desired.tolist(), self.one_step.desired.max().item()
-        dvo = [("optimal", [0.0, largest], [optimum] * 2)]
-        dvo += [
-            (f"dnn_{tag}_{i}", x, y)
-            for i, (x, y) in enumerate(zip(prompts, self.one_step.observed[:, 1:].tolist(), strict=True))
-        ]
-        dvo += [("identity", [0.0, largest], [0.0, largest])]
-        points = self.recursive.observed.shape[1]
-        steps = [float(step) for step in range(points)]
-        recursive = [(f"dnn_{tag}_{i}", steps, y) for i, y in enumerate(self.recursive.observed.tolist())]
-        recursive += [("optimal", [0.0, float(points)], [optimum] * 2)]
-        return {"dvo": _columns(dvo), "recursive": _columns(recursive)}
 
     def to_json(self) -> dict[str, Any]:
         """Scores and curves as plain values; bands are the half widths of :func:`mean_and_band`."""
@@ -131,21 +113,37 @@ def evaluate(
         drawn.append(sampler(targets, metrics, given))
         return drawn[-1]
 
-    starts = starts.to(pretrained.device)
-    vis = pretrained.config.vis
-    one_step = one_step_prompting(
-        recorded,
+    starts, vis = starts.to(pretrained.device), pretrained.config.vis
+    one_step = prompt_once(recorded, metric, starts, task, vis, prompts)
+    (networks,) = drawn
+    recursive = prompt_again(sampler, metric, starts, task, vis)
+    order = torch.randperm(one_step.desired.shape[1], generator=torch.Generator().manual_seed(seed)).to(starts.device)
+    shuffled = _alignment(one_step.desired[:, order], one_step.observed[:, 1:])
+    best = one_step.desired.argmin(1) if task.minimize else one_step.desired.argmax(1)
+    rows = torch.arange(len(best), device=best.device)
+    samples = networks.view(*one_step.desired.shape, -1)[rows, best]
+    return Evaluation(one_step, recursive, shuffled, samples.cpu(), one_step.observed[rows, 1 + best].cpu())
+
+
+def prompt_once(
+    sampler: Sampler, metric: MetricFn, starts: Tensor, task: Task, vis: VisConfig, prompts: Tensor | None = None
+) -> PromptCurves:
+    """One-step prompting as a configuration says."""
+    return one_step_prompting(
+        sampler,
         metric,
         starts,
         minimize=task.minimize,
         best_prompt=task.best_prompt,
         prompt_start_coeff=vis.prompt_start_coeff,
         steps=vis.dvo_steps,
-        prompts=None if prompts is None else prompts.to(pretrained.device, torch.float32),
+        prompts=None if prompts is None else prompts.to(starts.device, torch.float32),
     )
-    (networks,) = drawn
 
-    recursive = recursive_prompting(
+
+def prompt_again(sampler: Sampler, metric: MetricFn, starts: Tensor, task: Task, vis: VisConfig) -> PromptCurves:
+    """Recursive prompting as a configuration says."""
+    return recursive_prompting(
         sampler,
         metric,
         starts,
@@ -154,12 +152,18 @@ def evaluate(
         recursive_prompt=task.recursive_prompt,
         steps=vis.recursive_steps,
     )
-    order = torch.randperm(one_step.desired.shape[1], generator=torch.Generator().manual_seed(seed)).to(starts.device)
-    shuffled = _alignment(one_step.desired[:, order], one_step.observed[:, 1:])
-    best = one_step.desired.argmin(1) if task.minimize else one_step.desired.argmax(1)
-    rows = torch.arange(len(best), device=best.device)
-    samples = networks.view(*one_step.desired.shape, -1)[rows, best]
-    return Evaluation(one_step, recursive, shuffled, samples.cpu(), one_step.observed[rows, 1 + best].cpu())
+
+
+def trajectory_prompts(metrics: Tensor, steps: int, minimize: bool) -> Tensor:
+    """Prompts (n, steps) from the recorded metrics of runs (n, C; NaN after a run's end), the first checkpoint's first."""
+    rows = [row[row.isfinite()] for row in metrics]
+    return torch.cat([spread_losses(row[None], steps, minimize) for row in rows])
+
+
+def best_metric(metrics: Tensor, minimize: bool) -> float:
+    """Best metric of runs (n, C); the entries that a run does not have are NaN."""
+    known = metrics[metrics.isfinite()]
+    return (known.min() if minimize else known.max()).item()
 
 
 def as_sampler(pretrained: Pretrained, seed: int, progress: Callable[[int, int], None] | None = None) -> Sampler:
@@ -198,8 +202,3 @@ def batched_metric(task: Task, device: torch.device) -> MetricFn:
 
 def _alignment(desired: Tensor, observed: Tensor) -> float:
     return prompt_alignment(desired, observed).mean().item()
-
-
-def _columns(lines: Sequence[tuple[str, list[float], list[float]]]) -> dict[str, list[Any]]:
-    """Lines as the published files have them."""
-    return {"x": [x for _, x, _ in lines], "y": [y for _, _, y in lines], "key": [key for key, _, _ in lines]}

@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from zoo_common.files import atomic_write
 
 from gpt_diffusion.against import Rival
+from gpt_diffusion.curves import GRADIENT, KINDS, Curves, curve_name
 from gpt_diffusion.evaluation import Evaluation, mean_and_band
 
 _NAMES = {"training_set": "training runs", "test_set": "unseen runs"}
@@ -25,7 +27,12 @@ def check_matplotlib() -> None:
 
 
 def draw_evaluation(
-    evaluations: Mapping[str, Evaluation], optima: Mapping[str, float], metric: str, stem: Path
+    evaluations: Mapping[str, Evaluation],
+    optima: Mapping[str, float],
+    metric: str,
+    stem: Path,
+    curves: Mapping[str, Curves],
+    beside: Mapping[str, Curves],
 ) -> list[Path]:
     """Desired versus observed metrics, and recursive prompting; thin lines are networks, bands 95 % intervals.
 
@@ -34,6 +41,8 @@ def draw_evaluation(
         optima: Best metric of the runs of each group.
         metric: Name of the metric.
         stem: Path and beginning of the file names.
+        curves: Of these evaluations, by the names of the published files; an optimizer's line is taken from there.
+        beside: The same of another evaluation.
 
     Returns:
         The files written.
@@ -54,10 +63,25 @@ def draw_evaluation(
         _band(right, steps, *mean_and_band(judged.recursive.observed.cpu()), label="recursive prompting")
         right.set(xlabel="prompted steps", ylabel=f"observed {metric}", xticks=steps)
         right.set_title(_NAMES.get(group, group))
-        for axes in (left, right):
+        for kind, axes in zip(KINDS, (left, right), strict=True):
+            _add_lines(axes, curves, beside, curve_name(kind, group))
             axes.axhline(optima[group], color="#b04a5a", linestyle=":", label="best of the runs")
             axes.legend()
     return [_save(dvo, stem, "dvo"), _save(recursive, stem, "recursive")]
+
+
+def _add_lines(axes: Any, curves: Mapping[str, Curves], beside: Mapping[str, Curves], name: str) -> None:  # noqa: ANN401
+    """What an optimizer did, and the same figure of another evaluation: mean and band of its networks."""
+    for source, origin in ((curves, ""), (beside, ", other evaluation")):
+        if name not in source:
+            continue
+        lines = list(zip(source[name]["x"], source[name]["y"], source[name]["key"], strict=True))
+        for x, y, _ in (line for line in lines if line[2] == GRADIENT):
+            axes.plot(x, y, color="#3a7d44", linestyle="--" if origin else "-", label=GRADIENT + origin)
+        networks = [(x, y) for x, y, key in lines if key.startswith("dnn_")]
+        if origin and networks:
+            prompts, reached = (torch.tensor(values, dtype=torch.float64) for values in zip(*networks, strict=True))
+            _band(axes, prompts.mean(0).tolist(), *mean_and_band(reached), label=f"networks{origin}")
 
 
 def draw_rivals(judged: Evaluation, rivals: Sequence[Rival], metric: str, stem: Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_diffusion.config import Config
+from gpt_diffusion.curves import Curves
 
 
 class Logger:
@@ -15,6 +16,9 @@ class Logger:
 
     def log(self, line: Mapping[str, float]) -> None:
         """Take one line; ``step`` counts optimizer steps."""
+
+    def log_curves(self, step: int, figures: Mapping[str, Curves]) -> None:
+        """Take the curves of a prompting, by their published names."""
 
 
 class WandbLogger(Logger):
@@ -26,6 +30,13 @@ class WandbLogger(Logger):
     def log(self, line: Mapping[str, float]) -> None:
         """Log one line at its step."""
         self.run.log({key: value for key, value in line.items() if key != "step"}, step=int(line["step"]))
+
+    def log_curves(self, step: int, figures: Mapping[str, Curves]) -> None:
+        """Log a chart of lines for each figure."""
+        from wandb.plot import line_series
+
+        charts = {name: line_series(xs=c["x"], ys=c["y"], keys=c["key"], title=name) for name, c in figures.items()}
+        self.run.log(charts, step=step)
 
 
 def open_logger(config: Config) -> Callable[[Path], AbstractContextManager[Logger]]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from zoo_common.tokens import LayerTokenizer, SplitPolicy
 
+from gpt_diffusion.attention import attention
 from gpt_diffusion.embedding import ScalarEmbedding
 
 #: A denoiser with everything but the noised weights and the time step bound to it: (x (n, d), t (n,)) -> (n, d).
@@ -37,7 +38,7 @@ class TokenProjections(nn.ModuleList):
     """One small network without biases per token: Linear, then (GELU, Linear) as often as ``depth`` says.
 
     Every token has its own weights, under the published keys ``{token}.{2 layer}.weight``; tokens of equal sizes are
-    computed together by one batched product.
+    computed together by one batched product (but when training on a CPU).
 
     Args:
         sizes: Layer widths of each token's network, first input to last output.
@@ -62,18 +63,27 @@ class TokenProjections(nn.ModuleList):
             A function from their values, (n, in_i) each, to their projections, (n, out_i) each, in the same order.
         """
         weights = [[layer.weight for layer in self[k].children() if isinstance(layer, nn.Linear)] for k in tokens]
-        groups: dict[tuple[torch.Size, ...], list[int]] = {}
+        groups: dict[object, list[int]] = {}
+        alone = (
+            torch.is_grad_enabled() and bool(weights) and weights[0][0].device.type == "cpu"
+        )  # stacking costs more there
         for i, layers in enumerate(weights):
-            groups.setdefault(tuple(w.shape for w in layers), []).append(i)
+            groups.setdefault(i if alone else tuple(w.shape for w in layers), []).append(i)
+        single = {members[0]: weights[members[0]] for members in groups.values() if len(members) == 1}
         stacked = [
-            (members, [_stack(layer).mT for layer in zip(*(weights[i] for i in members), strict=True)])
+            (members, [torch.stack(layer).mT for layer in zip(*(weights[i] for i in members), strict=True)])
             for members in groups.values()
+            if len(members) > 1
         ]
 
         def project(values: Sequence[Tensor]) -> list[Tensor]:
             out: list[Tensor] = [*values]
+            for i, (first, *others) in single.items():
+                out[i] = F.linear(values[i], first)
+                for w in others:
+                    out[i] = F.linear(F.gelu(out[i]), w)
             for members, (first, *others) in stacked:
-                h = _stack([values[i] for i in members]) @ first
+                h = torch.stack([values[i] for i in members]) @ first
                 for w in others:
                     h = F.gelu(h) @ w
                 for i, projected in zip(members, h.unbind(), strict=True):
@@ -83,9 +93,10 @@ class TokenProjections(nn.ModuleList):
         return project
 
 
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """``torch.stack`` that does not copy a single tensor."""
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+def _joined(layers: Sequence[nn.Linear], x: Tensor) -> tuple[Tensor, ...]:
+    """The layers applied to one input, by a single product."""
+    weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+    return F.linear(x, weight, bias).chunk(len(layers), dim=-1)
 
 
 class SelfAttention(nn.Module):
@@ -103,12 +114,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, queries: Tensor, h: Tensor) -> Tensor:
         """Attend from queries (n, q, c) to all tokens h (n, k, c); shape (n, q, c)."""
-        q, k, v = (
-            f(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-            for f, x in ((self.query, queries), (self.key, h), (self.value, h))
-        )
+        if queries is h:  # one product for all three
+            parts = _joined((self.query, self.key, self.value), h)
+        else:
+            parts = (self.query(queries), *_joined((self.key, self.value), h))
+        q, k, v = (x.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for x in parts)
         dropout = self.dropout_prob if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        y = attention(q, k, v, dropout)
         return F.dropout(self.proj(y.transpose(1, 2).flatten(2)), dropout)
 
 
@@ -128,8 +140,18 @@ class Block(nn.Module):
     def forward(self, h: Tensor, count: int | None = None) -> Tensor:
         """Map tokens h (n, k, c) to the new values of the first ``count`` of them (default: all)."""
         normed = self.ln1(h)
-        h = h[:, :count] + self.attn(normed[:, :count], normed)
+        h = h[:, :count] + self.attn(normed if count is None else normed[:, :count], normed)
         return h + self.mlp(self.ln2(h))
+
+
+def _span(parts: Sequence[Tensor], start: int, stop: int) -> Tensor:
+    """Columns start to stop of the parts side by side, (n, stop - start); a view where they lie in one part."""
+    found = []
+    for part in parts:
+        if start < part.shape[1] and stop > 0:
+            found.append(part[:, max(start, 0) : stop])
+        start, stop = start - part.shape[1], stop - part.shape[1]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
 class TokenTransformer(nn.Module):
@@ -249,8 +271,8 @@ class GptModel(nn.Module):
         self.num_weights = d = sum(weights)
         # tokens that hold something of x_t or emb(t); all others are constant over a sampling trajectory
         stops = list(itertools.accumulate(self.tokenizer.lengths))
-        spans = list(zip([0, *stops], stops, strict=False))
-        varies = [a < d or (a < 2 * d + embedding.size and b > 2 * d) for a, b in spans]
+        self.spans = list(zip([0, *stops], stops, strict=False))
+        varies = [a < d or (a < 2 * d + embedding.size and b > 2 * d) for a, b in self.spans]
         self.varying_tokens = [k for k, yes in enumerate(varies) if yes]
         self.constant_tokens = [k for k, yes in enumerate(varies) if not yes]
         self.decoder = TokenTransformer(
@@ -325,18 +347,18 @@ class GptModel(nn.Module):
         varying, constant = self.varying_tokens, self.constant_tokens
         encode, decode = self.decoder.encoder(varying), self.decoder.decoder()
 
-        def tokens(x: Tensor, time: Tensor) -> tuple[Tensor, ...]:
-            parts = [x, constants[0], time, *constants[1:]]
-            return self.tokenizer.split(torch.cat([part.to(dtype) for part in parts], dim=1))
+        def tokens(which: Sequence[int], x: Tensor, time: Tensor) -> list[Tensor]:
+            parts = [part.to(dtype) for part in (x, constants[0], time, *constants[1:])]
+            return [_span(parts, *self.spans[k]) for k in which]
 
-        values = tokens(torch.zeros_like(x_prev), x_prev.new_zeros(len(x_prev), self.scalar_embedder.size))
-        known = self.decoder.encoder(constant)([values[k] for k in constant])
+        # no constant token holds anything of x or of the time, which these two stand for
+        known = self.decoder.encoder(constant)(tokens(constant, x_prev, constants[1]))
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             if x.shape != x_prev.shape:
                 raise ValueError(f"x: expected the shape of x_prev {tuple(x_prev.shape)}, got {tuple(x.shape)}")
-            values = tokens(x, embed_time(t.reshape(-1)))
-            h = dict(zip([*varying, *constant], encode([values[k] for k in varying]) + known, strict=True))
+            found = encode(tokens(varying, x, embed_time(t.reshape(-1))))
+            h = dict(zip([*varying, *constant], found + known, strict=True))
             return decode(torch.stack([h[k] for k in range(len(h))], dim=1)) + x_prev
 
         return denoise

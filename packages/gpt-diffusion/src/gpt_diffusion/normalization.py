@@ -3,14 +3,15 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
 class Normalizer(Protocol):
     """An invertible map of weights (..., d)."""
 
-    def normalize(self, weights: Tensor) -> Tensor:
-        """Weights to normalised space."""
+    def normalize(self, weights: Tensor, out: Tensor | None = None) -> Tensor:
+        """Weights to normalised space, written to ``out`` if it is given."""
         ...
 
     def unnormalize(self, weights: Tensor) -> Tensor:
@@ -36,9 +37,9 @@ class Scaling:
         if not self.coeff > 0:
             raise ValueError(f"the normalisation coefficient must be positive, got {self.coeff}")
 
-    def normalize(self, weights: Tensor) -> Tensor:
+    def normalize(self, weights: Tensor, out: Tensor | None = None) -> Tensor:
         """Weights to normalised space."""
-        return weights * self.coeff
+        return torch.mul(weights, self.coeff, out=out)
 
     def unnormalize(self, weights: Tensor) -> Tensor:
         """Back again."""
@@ -57,9 +58,9 @@ class Scaling:
 class Identity:
     """Weights as they are."""
 
-    def normalize(self, weights: Tensor) -> Tensor:
-        """Weights to normalised space."""
-        return weights
+    def normalize(self, weights: Tensor, out: Tensor | None = None) -> Tensor:
+        """Weights as they are."""
+        return weights if out is None else out.copy_(weights)
 
     def unnormalize(self, weights: Tensor) -> Tensor:
         """Back again."""

@@ -105,8 +105,7 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def update_model(
-    loss: Tensor,
+def apply_gradients(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
@@ -115,10 +114,9 @@ def update_model(
     average: nn.Module | None = None,
     decay: float = 0.9999,
 ) -> Tensor:
-    """One optimizer step: gradients, clipping, AdamW, moving average.
+    """One optimizer step with the gradients that are there: clipping, AdamW, moving average.
 
     Args:
-        loss: Scalar to minimize.
         model: Its parameters are updated.
         optimizer: Over the parameters of ``model``.
         lr: Learning rate of this step.
@@ -129,21 +127,6 @@ def update_model(
     Returns:
         Global L2 norm of the gradient before clipping, a scalar on the model's device.
     """
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    return apply_gradients(model, optimizer, lr=lr, grad_clip=grad_clip, average=average, decay=decay)
-
-
-def apply_gradients(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    lr: float,
-    grad_clip: float = 0.0,
-    average: nn.Module | None = None,
-    decay: float = 0.9999,
-) -> Tensor:
-    """The second half of :func:`update_model`: what follows when the gradients are there."""
     set_learning_rate(optimizer, lr)
     norm = clip_gradients(model.parameters(), grad_clip)
     optimizer.step()

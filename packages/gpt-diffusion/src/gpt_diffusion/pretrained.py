@@ -45,6 +45,8 @@ class ModelInfo:
     """Best metric of a training run."""
     final_metric: float
     """Median of the last metric of the training runs: a prompt that the model knows well."""
+    worst_metric: float | None = None
+    """Worst metric of a training run, at any checkpoint; unknown of released models."""
     units: UnitTokens | None = None
     """Where the weights of each hidden unit stand; only for unit tokens."""
 
@@ -52,6 +54,17 @@ class ModelInfo:
         """As plain values."""
         simple = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("layout", "units")}
         return simple | {"layout": self.layout.to_json(), "units": self.units.to_json() if self.units else None}
+
+    def outside(self, prompt: float) -> str | None:
+        """A warning if a prompt is better or worse than every checkpoint that the model has learned from."""
+        if self.worst_metric is None:
+            return None
+        low, high = sorted((self.best_metric, self.worst_metric))
+        if low <= prompt <= high:
+            return None
+        return (
+            f"the prompt {prompt:g} is outside of what the model has seen: {self.metric} from {low:.4g} to {high:.4g}"
+        )
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "ModelInfo":

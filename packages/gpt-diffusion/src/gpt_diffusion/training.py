@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,26 +20,22 @@ from tqdm import tqdm
 from zoo_common.checkpoint import load_training, save_training
 from zoo_common.files import atomic_write, visible_files
 from zoo_common.interrupts import deferred_interrupt
-from zoo_common.layout import ParameterLayout
 from zoo_common.population import Population
 from zoo_common.tasks import Task, get_task
-from zoo_common.zoo import Zoo
 
-from gpt_diffusion.augmentation import Permuter, RulePermuter
 from gpt_diffusion.behaviour import BehaviourLoss
-from gpt_diffusion.config import Config, DatasetConfig, config_to_yaml, load_config
+from gpt_diffusion.config import Config, config_to_yaml, load_config
 from gpt_diffusion.dataset import Pairs, ParameterDataset, mix_seed
 from gpt_diffusion.device import choose_device
 from gpt_diffusion.diffusion.process import Losses
-from gpt_diffusion.distributed import Processes, gather, joined, scatter, shard, synchronized
+from gpt_diffusion.distributed import Processes, gather, joined, scatter, shard, synchronized, whole
 from gpt_diffusion.loggers import Logger, open_logger
-from gpt_diffusion.normalization import get_normalizer
+from gpt_diffusion.monitor import Monitor
 from gpt_diffusion.optim import apply_gradients, averaged_copy, learning_rate, load_optimizer, make_optimizer
-from gpt_diffusion.preparation import excluded
 from gpt_diffusion.pretrained import ModelInfo, Pretrained, build_model, make_diffusion
-from gpt_diffusion.published import PublishedZoo, find_metric, open_runs, split_runs
+from gpt_diffusion.published import open_runs
 from gpt_diffusion.released import Released, find_released, read_released
-from gpt_diffusion.units import UnitTokens
+from gpt_diffusion.training_data import good_runs, test_pairs, training_pairs
 
 
 @dataclass(frozen=True)
@@ -72,13 +68,13 @@ def train(
 ) -> TrainReport:
     """Train the denoiser of a configuration and write ``model.safetensors`` to its folder.
 
-    The folder also receives ``config.yaml``, ``metrics.jsonl`` and ``state.safetensors``, from which a killed training
-    resumes to the same result. Ctrl-C and ``limit_seconds`` save the state and stop.
+    The folder also receives ``config.yaml``, ``metrics.jsonl``, with ``vis.freq`` the model of the best prompt alignment on
+    unseen runs as ``best.safetensors``, and ``state.safetensors``, from which a killed training resumes to the same result. Ctrl-C and ``limit_seconds`` save the state and stop.
 
     Args:
         config: All settings; ``config.folder`` must be new unless ``resume``.
         resume: Go on from the state in the folder (start, if there is none).
-        data_dir: Data of the task, only for the behaviour term.
+        data_dir: Data of the task, for prompting (``vis.freq``) and the behaviour term.
         limit_seconds: Stop after this time.
         quiet: No progress bar.
 
@@ -93,7 +89,7 @@ def train(
         folder = config.folder
         if processes.first:
             _open_folder(config, resume)
-            _check_room(folder, 2 * _state_bytes(run.model))
+            _check_room(folder, 2 * _state_bytes(config, run.model))
         processes.wait()
         if resume and (folder / "state.safetensors").exists():
             run.load(folder / "state.safetensors")
@@ -117,6 +113,8 @@ class Forecast:
     parameters: int
     """Of the denoiser."""
     seconds: float
+    prompting_seconds: float
+    """The part of it that ``vis.freq`` takes."""
     state_bytes: int
     """Disk for model and training state; the same again in memory."""
 
@@ -131,12 +129,15 @@ def forecast(config: Config, *, data_dir: Path | None = None, timed_steps: int =
     run.sums.tolist()  # waits for the device
     seconds = (time.monotonic() - began) / timed_steps * run.steps
     parameters = sum(p.numel() for p in run.model.parameters())
-    return Forecast(run.steps, parameters, seconds, _state_bytes(run.model))
+    prompting = 0.0
+    if run.monitor is not None and (times := run.monitor.times(run.steps, run.per_epoch)):
+        prompting = times * run.monitor.seconds(run.average)
+    return Forecast(run.steps, parameters, seconds + prompting, prompting, _state_bytes(config, run.model))
 
 
-def _state_bytes(model: nn.Module) -> int:
-    """Weights, two AdamW moments and the average in the state; the average again in the model."""
-    return 5 * 4 * sum(p.numel() for p in model.parameters())
+def _state_bytes(config: Config, model: nn.Module) -> int:
+    """Weights, two AdamW moments and the average in the state; the average again in the model, and in the best one."""
+    return (6 if config.vis.freq > 0 else 5) * 4 * sum(p.numel() for p in model.parameters())
 
 
 def _check_room(folder: Path, needed: int) -> None:
@@ -149,79 +150,21 @@ def _check_room(folder: Path, needed: int) -> None:
 def _prepare_run(config: Config, data_dir: Path | None, processes: Processes) -> "Training":
     task = get_task(config.dataset.name, data_dir)
     zoo, device = open_runs(config.dataset), processes.device
-    dataset, info = prepare(config, zoo, task, device)
-    test = _test_pairs(config, zoo, info, device)
+    dataset, info = training_pairs(config, zoo, task, device)
+    measured = config.test.freq > 0 or (config.vis.freq > 0 and not config.debug_mode)
+    unseen = good_runs(zoo, config.dataset, info.metric, "test") if measured else np.zeros(0, np.int64)
+    test = test_pairs(config, zoo, unseen, info, device) if config.test.freq > 0 and len(unseen) else None
+    monitor = None
+    if config.vis.freq > 0:
+        groups = {"training_set": dataset.runs} | ({} if config.debug_mode else {"test_set": unseen})
+        try:
+            monitor = Monitor(config, zoo, task, info, groups, processes)
+        except FileNotFoundError as error:
+            logging.getLogger(__name__).warning("the model is not prompted while it learns (vis.freq): %s", error)
     behaviour = _behaviour(config, task, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.rng_seed)
-        return Training(config, dataset, info, processes, behaviour, test)
-
-
-def prepare(config: Config, zoo: Zoo, task: Task, device: torch.device) -> tuple[ParameterDataset, ModelInfo]:
-    """The training pairs of a zoo, and what the model must know of them."""
-    data, units = config.dataset, config.transformer.tokens == "units"
-    if not len(zoo):
-        raise ValueError(f"{data.path}: the zoo is empty; fill it with `gpt-diffusion generate`")
-    layout = ParameterLayout.from_module(task.constructor())
-    if zoo.layout.shapes != layout.shapes:
-        raise ValueError(f"{data.path}: the zoo holds {_sizes(zoo.layout)}, task {task.name!r} has {_sizes(layout)}")
-    metric = find_metric(zoo, data.train_metric or task.metric_name)
-    if not isinstance(zoo, PublishedZoo):  # whose records have no sums
-        for part in zoo.shards.values():
-            part.file.check()
-    runs = _good_runs(zoo, data, metric, "train")[: data.max_train_runs]
-    if data.openai_coeff and isinstance(zoo, PublishedZoo) and len(runs):  # spares a pass over hundreds of GB
-        coeff, ranges = data.openai_coeff, zoo.ranges(runs)
-        low, high = float(ranges[:, 0].min()), float(ranges[:, 1].max())
-    else:
-        stats = zoo.stats(runs=runs)
-        coeff, low, high = data.openai_coeff or 0.538 / stats.overall_std, stats.low, stats.high
-    dataset = ParameterDataset(
-        zoo,
-        runs,
-        metric=metric,
-        normalizer=get_normalizer(data.normalizer, coeff),
-        mode=data.pairs,
-        min_spacing=data.min_step_spacing,
-        max_spacing=data.max_step_spacing,
-        epoch_size=data.target_epoch_size,
-        augment=_permuter(task) if data.augment and not units else None,
-        seed=config.rng_seed,
-        device=device,
-    )
-    table = dataset.metrics[runs]
-    last = table[np.arange(len(runs)), dataset.lengths[runs] - 1]
-    info = ModelInfo(
-        layout=zoo.layout,
-        metric=metric,
-        metric_log=metric.endswith("loss"),
-        metric_scale=float(np.nanstd(table)),
-        openai_coeff=coeff,
-        weight_range=(low, high),
-        best_metric=float(np.nanmin(table) if task.minimize else np.nanmax(table)),
-        final_metric=float(np.median(last)),
-        units=UnitTokens.from_symmetry(task.symmetry()) if units else None,
-    )
-    return dataset, info
-
-
-def _test_pairs(config: Config, zoo: Zoo, info: ModelInfo, device: torch.device) -> ParameterDataset | None:
-    """Pairs of the test runs, not permuted; None if nothing is to be measured."""
-    data = config.dataset
-    runs = _good_runs(zoo, data, info.metric, "test") if config.test.freq > 0 else np.zeros(0, np.int64)
-    if not len(runs):
-        return None
-    return ParameterDataset(
-        zoo,
-        runs,
-        metric=info.metric,
-        normalizer=get_normalizer(data.normalizer, info.openai_coeff),
-        min_spacing=data.min_step_spacing,
-        max_spacing=data.max_step_spacing,
-        epoch_size=max(data.target_epoch_size, len(runs)),
-        seed=config.rng_seed,
-        device=device,
-    )
+        return Training(config, dataset, info, processes, behaviour, test, monitor)
 
 
 def _beginning(config: Config) -> Released:
@@ -231,31 +174,8 @@ def _beginning(config: Config) -> Released:
     return read_released(file, config)
 
 
-def _good_runs(zoo: Zoo, data: DatasetConfig, metric: str, split: str) -> np.ndarray:
-    """Runs of a split whose weights are finite and small and whose metric is known at every checkpoint."""
-    runs, filtered = split_runs(zoo, data, split), zoo.filter()
-    lengths = np.array([run.checkpoints for run in zoo.runs])
-    known = np.flatnonzero(np.isfinite(zoo.metrics[metric].padded()).sum(1) == lengths)
-    bad = excluded(zoo.path)
-    listed = np.array([i for i, run in enumerate(zoo.runs) if run.id in bad], dtype=np.int64)
-    good = np.setdiff1d(np.intersect1d(np.intersect1d(runs, filtered.kept), known), listed)
-    if len(good) < len(runs):
-        reasons = [f"{count} {reason}" for reason, count in filtered.dropped.items() if count]
-        reasons += [f"{len(listed)} listed in prepared.json"] if len(listed) else []
-        reasons += [f"{len(zoo) - len(known)} without a finite {metric} at every checkpoint"]
-        message = "%s: %d of %d %s runs are left out (in the whole zoo: %s)"
-        found = (len(runs) - len(good), len(runs), {"train": "training"}.get(split, split), ", ".join(reasons))
-        logging.getLogger(__name__).warning(message, zoo.path, *found)
-    return good
-
-
-def _permuter(task: Task) -> Permuter:
-    """The task's own rule if it has one, else the symmetry of its network."""
-    return RulePermuter(task.constructor(), task.aug_fn) if task.aug_fn else task.symmetry()
-
-
-def _sizes(layout: ParameterLayout) -> str:
-    return ", ".join(f"{spec.name} {spec.shape}" for spec in layout.tensors)
+class _Interrupted(Exception):
+    """Ctrl-C was pressed while the model was prompted."""
 
 
 class Training:
@@ -269,8 +189,10 @@ class Training:
         processes: Processes,
         behaviour: BehaviourLoss | None,
         test: ParameterDataset | None = None,
+        monitor: Monitor | None = None,
     ) -> None:
         self.config, self.dataset, self.info, self.behaviour, self.test = config, dataset, info, behaviour, test
+        self.monitor, self.judged, self.best = monitor, 0, -math.inf  # the step judged last, the best score so far
         self.processes, self.device, self.optim, self.logger = processes, processes.device, config.train, Logger()
         self.rows = processes.rows(self.optim.mb_size)
         if (self.rows.stop - self.rows.start) % self.optim.accumulate:
@@ -303,18 +225,22 @@ class Training:
             total=self.steps, initial=self.step, desc="train", unit="step", disable=quiet, file=sys.stderr, leave=False
         )
         with bar, deferred_interrupt() as interrupted:
-            while self.step < self.steps and not self.processes.any(interrupted()):
-                self.advance()
-                bar.update()
-                if self.step % self.optim.log_freq == 0 or self.step == self.steps:
-                    self.write_log(log, bar, time.monotonic() - began)
-                if self.test is not None and self.step % (self.config.test.freq * self.per_epoch) == 0:
-                    self.write_test(log, self.test)
-                if self.step % self.save_every == 0 and self.step < self.steps:
-                    self.save(folder / "state.safetensors")
-                late = limit_seconds is not None and time.monotonic() - began > limit_seconds
-                if limit_seconds is not None and self.processes.any(late):
-                    break
+            with suppress(_Interrupted):
+                while (self.step < self.steps or self.due) and not self.processes.any(interrupted()):
+                    if not self.due:
+                        self.advance()
+                        bar.update()
+                        if self.step % self.optim.log_freq == 0 or self.step == self.steps:
+                            self.write_log(log, bar, time.monotonic() - began)
+                        if self.test is not None and self.step % (self.config.test.freq * self.per_epoch) == 0:
+                            self.write_test(log, self.test)
+                    if self.due:
+                        self.judge(folder, log, bar, interrupted)
+                    if self.step % self.save_every == 0 and self.step < self.steps:
+                        self.save(folder / "state.safetensors")
+                    late = limit_seconds is not None and time.monotonic() - began > limit_seconds
+                    if limit_seconds is not None and self.processes.any(late):
+                        break
             self.save(folder / "state.safetensors")
         seconds, stopped = time.monotonic() - began, interrupted() and self.step < self.steps
         return TrainReport(folder, self.step, self.steps, self.last_loss, seconds, stopped)
@@ -398,6 +324,40 @@ class Training:
         line = {"step": self.step, "epoch": self.step / self.per_epoch, "test_loss": torch.stack(losses).mean().item()}
         self.append(log, line)
 
+    @property
+    def due(self) -> bool:
+        """Whether the model has reached an epoch at which it shall be prompted."""
+        return self.monitor is not None and self.step > self.judged and self.monitor.due(self.step, self.per_epoch)
+
+    def judge(self, folder: Path, log: Path, bar: tqdm, interrupted: Callable[[], bool]) -> None:
+        """Prompt the model, append the scores, and keep it as ``best.safetensors`` if it is better than all before.
+
+        Raises:
+            _Interrupted: Ctrl-C; the prompting is done anew when the training goes on.
+        """
+
+        def progress(done: int, total: int) -> None:
+            bar.set_postfix_str(f"prompting: step {done} of {total}")
+            if self.processes.any(interrupted()):
+                raise _Interrupted
+
+        assert self.monitor is not None, "due says so"
+        model: nn.Module = self.average if self.config.vis.use_ema else self.model
+        if self.sharded:
+            model = whole(model, build_model(self.config.transformer, self.info).to(self.device))
+        try:
+            judged = Pretrained(model.eval(), self.config, self.info)  # type: ignore[arg-type]
+            verdict = self.monitor.judge(judged, progress)
+        finally:
+            self.model.train()
+        self.append(log, {"step": self.step, "epoch": self.step / self.per_epoch, **verdict.scores})
+        self.logger.log_curves(self.step, verdict.curves)
+        if verdict.alignment is not None and verdict.alignment > self.best:
+            self.best = verdict.alignment
+            if self.processes.first:
+                judged.save(folder / "best.safetensors")
+        self.judged = self.step
+
     def append(self, log: Path, line: dict[str, float]) -> None:
         """Write a line of metrics, in the first process."""
         if not self.processes.first:
@@ -437,7 +397,8 @@ class Training:
         self.check()
         parts, sums = self.plain_parts(), self.processes.mean(self.sums)
         if self.processes.first:
-            save_training(path, **parts, progress={"step": self.step, "sums": sums, "loss": self.last_loss})
+            numbers = {"step": self.step, "loss": self.last_loss, "judged": self.judged, "best": self.best}
+            save_training(path, **parts, progress=numbers | {"sums": sums})
         self.processes.wait()
 
     def load(self, path: Path) -> None:
@@ -447,6 +408,7 @@ class Training:
         if self.sharded:
             self._scatter(parts)
         self.step, self.last_loss = progress["step"], progress["loss"]
+        self.judged, self.best = progress.get("judged", self.step), progress.get("best", -math.inf)
         self.sums.copy_(progress["sums"])
 
     def begin_from(self, released: Released) -> None:
@@ -455,7 +417,7 @@ class Training:
         Raises:
             ValueError: It was trained for as long as this training shall take, or longer.
         """
-        self.step = released.epoch * self.per_epoch
+        self.step = self.judged = released.epoch * self.per_epoch
         if self.step >= self.steps:
             raise ValueError(f"resume_path: trained for {released.epoch} epochs already; raise train.num_ep")
         parts = self._replicas() if self.sharded else self.plain_parts()

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from zoo_common.symmetry import Symmetry
 
+from gpt_diffusion.attention import attention
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -149,7 +151,7 @@ class _Block(nn.Module):
         scale, shift, gate, scale2, shift2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
         y = F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift
         q, k, v = self.qkv(y).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        h = h + (1 + gate) * self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        h = h + (1 + gate) * self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
         y = F.layer_norm(h, h.shape[-1:]) * (1 + scale2) + shift2
         return h + (1 + gate2) * self.mlp(y)
 
