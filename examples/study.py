@@ -54,6 +54,8 @@ class Setting:
     """Training images that no network is trained on: prompts and stored metrics come from them."""
     test: int = 10_000
     """Test images that are used."""
+    width: int = 128
+    """Width of the models: unit tokens of networks with more units take more time."""
 
 
 SETTINGS = {
@@ -70,9 +72,10 @@ SETTINGS = {
         {"strategy": "loop", "split": (0.7, 0.1, 0.2)},
         held_out=2000,
         test=2000,
+        width=64,
     ),
     "cartpole": Setting(
-        160, 400, 50, "return", "return", {"strategy": "stacked", "envs": 64, "split": (0.8, 0.05, 0.15)}
+        160, 400, 50, "return", "return", {"strategy": "stacked", "envs": 64, "split": (0.8, 0.05, 0.15)}, width=64
     ),
 }
 
@@ -253,6 +256,7 @@ def settings(options: Study, task: Task, name: str, changes: list[str], steps: i
         f"rng_seed={options.seed}",
         f"train.max_steps={steps}",
         "train.behaviour_weight=0",
+        f"transformer.n_embd={SETTINGS[options.task].width}",
         "vis.recursive_steps=4",
     ]
     return load_config("digits_loss", [*common, *changes])

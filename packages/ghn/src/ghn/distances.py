@@ -20,7 +20,8 @@ def path_lengths(n: int, edges: np.ndarray, cutoff: int) -> np.ndarray:
     if cutoff <= 1:
         found[edges[:, 0], edges[:, 1]] = 1
     elif len(edges):
-        matrix = csr_array((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(n, n))
+        ends = edges.astype(np.int32)  # the integers that older versions of scipy want
+        matrix = csr_array((np.ones(len(edges)), (ends[:, 0], ends[:, 1])), shape=(n, n))
         lengths = dijkstra(matrix, unweighted=True, limit=cutoff)
         lengths[np.isinf(lengths)] = 0
         found[:] = lengths
