@@ -6,14 +6,10 @@ import torch
 from pilimit import grad_norms
 from safetensors.torch import load_file
 from support.golden import assert_close, assert_stats, fill
-from support.infinite import golden_clip, golden_loss, golden_net, golden_optimizer, golden_step
+from support.infinite import golden_clip, golden_loss, golden_net, golden_optimizer, golden_step, stats
 
 # In stored gradients of quantities with a value near |q| = 1 rounding is amplified: specification, section 14.
-TRAJECTORIES = {"float64": "float64", "float32": "pilimit/float32", "float16_storage": "pilimit/float16"}
-
-
-def stats(stored):
-    return stored | {"first": stored["first8"], "last": stored["last8"]}
+TRAJECTORIES = {"float64": "pilimit/float64", "float32": "pilimit/float32", "float16_storage": "pilimit/float16"}
 
 
 def staged(net):

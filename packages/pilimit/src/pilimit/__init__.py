@@ -7,6 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what a type checker sees
+    from pilimit.checkpoint import from_converted_original as from_converted_original
+    from pilimit.checkpoint import load_metadata as load_metadata
+    from pilimit.checkpoint import load_net as load_net
+    from pilimit.checkpoint import load_optimizer as load_optimizer
+    from pilimit.checkpoint import save_net as save_net
     from pilimit.finite import FinMLP as FinMLP
     from pilimit.finite import FinPiInputLinearReLU as FinPiInputLinearReLU
     from pilimit.finite import FinPiLinearReLU as FinPiLinearReLU
@@ -28,9 +33,14 @@ _MODULE_OF = {
     "InfPiLinearReLU": "infinite",
     "PiSGD": "optim",
     "clip_grad_norm_": "optim",
+    "from_converted_original": "checkpoint",
     "grad_norms": "optim",
+    "load_metadata": "checkpoint",
+    "load_net": "checkpoint",
+    "load_optimizer": "checkpoint",
     "mu_net": "finite",
     "param_groups": "optim",
+    "save_net": "checkpoint",
 }
 
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605 (computed from the table above)

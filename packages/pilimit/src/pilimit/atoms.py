@@ -159,6 +159,16 @@ class Atoms:
         blocks = [Block(*(t[: b.size].clone() for t in (b.A, b.B, b.Amult)), b.size) for b in self.blocks]
         return self.__dict__ | {"blocks": blocks, "pending": copy.copy(self.pending), "segments": [*self.segments]}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give the last block its room again, so that sums keep their order."""
+        self.__dict__ |= state
+        if self.blocks and self.blocks[-1].size < self.block_size:
+            last = self.blocks.pop()
+            self.blocks.append(room := self._new_block())
+            for part, valid in ((room.A, last.A), (room.B, last.B), (room.Amult, last.Amult)):
+                part[: last.size] = valid
+            room.size = last.size
+
 
 class AtomsParameter(nn.Parameter):
     """What stands for the atoms of a layer among the parameters of a module: an empty tensor with attribute ``atoms``.
