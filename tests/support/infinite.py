@@ -78,5 +78,8 @@ def golden_clip(config, net):
     """Clip as the case says; returns the total norm."""
     options = {"per_param": config.get("gclip_per_param", False)}
     return clip_grad_norm_(
-        net.parameters(), config.get("gclip", 0.0), exclude_last_layer=config.get("gclip_exclude_last_layer", False), **options
+        net.parameters(),
+        config.get("gclip", 0.0),
+        exclude_last_layer=config.get("gclip_exclude_last_layer", False),
+        **options,
     )

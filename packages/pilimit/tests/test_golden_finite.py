@@ -81,7 +81,9 @@ def test_wide_nets_approach_the_infinite_one_as_the_published_did(golden):
     generator = torch.Generator().manual_seed(0)
     for width, errors in losses.items():
         for _ in range(4 if width < 4096 else 2):
-            errors.append(((train(FinMLP.sample(golden_net(config), width, generator=generator)) - limit).norm() / limit.norm()))
+            errors.append(
+                (train(FinMLP.sample(golden_net(config), width, generator=generator)) - limit).norm() / limit.norm()
+            )
     means = torch.tensor([torch.stack(errors).mean() for errors in losses.values()]).log()
     widths = torch.tensor([float(width) for width in losses]).log()
     slope = ((widths - widths.mean()) * (means - means.mean())).sum() / ((widths - widths.mean()) ** 2).sum()

@@ -61,7 +61,9 @@ def test_first_step_is_the_published_one(golden):
         assert_close(norms[name], norm, "pilimit/float64", f"norm of {name}")
     total = golden_clip(config, net)
     excluded = config["gclip_exclude_last_layer"]
-    assert_close(total, stored["grad_norm_total" + ("_without_last_weight" if excluded else "")], "float64", "total norm")
+    assert_close(
+        total, stored["grad_norm_total" + ("_without_last_weight" if excluded else "")], "float64", "total norm"
+    )
     for name, values in stored.get("grad_after_clip", {}).items():
         assert_stats(staged(net)[name], stats(values), "pilimit/float64", f"{name} clipped")
     norms = {names[id(p)]: norm for p, norm in grad_norms(net.parameters())}

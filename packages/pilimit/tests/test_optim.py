@@ -45,7 +45,9 @@ def test_steps_are_heavy_ball_on_the_operator(momentum, dampening, weight_decay,
     optimizer = PiSGD(param_groups(net, **MULTS), lr, momentum, dampening, weight_decay, **options)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2], 0.5)
     names = {name: p for name, p in net.named_parameters()}
-    weights = {name: (p.atoms.tensors()[2] if name.endswith("weight") else p.detach().clone()) for name, p in names.items()}
+    weights = {
+        name: (p.atoms.tensors()[2] if name.endswith("weight") else p.detach().clone()) for name, p in names.items()
+    }
     velocity = {name: torch.zeros_like(value) for name, value in weights.items()}
     for t in range(4):
         optimizer.zero_grad()

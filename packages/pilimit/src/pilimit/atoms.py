@@ -68,6 +68,8 @@ class Atoms:
         """Files that hold the first rows."""
         self.rewritten = False
         """Whether multipliers of rows in ``segments`` have changed since."""
+        self.spare: Tensor | None = None
+        """Room that backward passes have left for the next ones."""
 
     def __len__(self) -> int:
         """Number of atoms."""
@@ -157,7 +159,12 @@ class Atoms:
     def __getstate__(self) -> dict[str, Any]:
         """For pickles and copies: valid rows only."""
         blocks = [Block(*(t[: b.size].clone() for t in (b.A, b.B, b.Amult)), b.size) for b in self.blocks]
-        return self.__dict__ | {"blocks": blocks, "pending": copy.copy(self.pending), "segments": [*self.segments]}
+        return self.__dict__ | {
+            "blocks": blocks,
+            "pending": copy.copy(self.pending),
+            "segments": [*self.segments],
+            "spare": None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give the last block its room again, so that sums keep their order."""

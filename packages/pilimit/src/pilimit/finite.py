@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from pilimit.expectations import wide
 from pilimit.infinite import InfMLP, InfPiInputLinearReLU, InfPiLinearReLU, PiLayer, PiMLP, resolve_depth
@@ -26,9 +26,7 @@ class ProjectedLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, omega: Tensor, gcovinv: Tensor
-    ) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, omega: Tensor, gcovinv: Tensor) -> Tensor:
         """The output (b, n_out)."""
         return F.linear(x, weight, None if bias is None else alpha * bias)
 
@@ -243,7 +241,7 @@ class FinMLP(PiMLP):
         d_out: int,
         r: int,
         width: int,
-        L: int | None = None,  # noqa: N803 (the published name)
+        L: int | None = None,
         first_layer_alpha: float = 1.0,
         last_layer_alpha: float = 1.0,
         bias_alpha: float = 1.0,
@@ -278,8 +276,16 @@ class FinMLP(PiMLP):
         for i in range(1, depth):
             layers.append(
                 FinPiLinearReLU(
-                    r, width, width, self.bias_alpha, False, layernorm, net.layers[i], drawn[i - 1],  # type: ignore[arg-type]
-                    omega=drawn[i], **common,
+                    r,
+                    width,
+                    width,
+                    self.bias_alpha,
+                    False,
+                    layernorm,
+                    net.layers[i],
+                    drawn[i - 1],  # type: ignore[arg-type]
+                    omega=drawn[i],
+                    **common,
                 )  # fmt: skip
             )
         last = net.layers[depth]
@@ -307,7 +313,12 @@ class FinMLP(PiMLP):
 
 
 def mu_net(
-    d_in: int, d_out: int, width: int, *, generator: torch.Generator | None = None, **options: Any  # noqa: ANN401
+    d_in: int,
+    d_out: int,
+    width: int,
+    *,
+    generator: torch.Generator | None = None,
+    **options: Any,  # noqa: ANN401
 ) -> FinMLP:
     """A mu-net: the same finite net with Gaussian weights of variance 2 / fan-in, zero biases and plain gradients.
 

@@ -282,7 +282,7 @@ class PiMLP(nn.Module):
         self.last_bias_alpha = float(bias_alpha if last_bias_alpha is None else last_bias_alpha)
 
     @property
-    def L(self) -> int:  # noqa: N802 (the published name)
+    def L(self) -> int:
         """Number of hidden-to-hidden layers: ``depth - 1``."""
         return self.depth - 1
 
@@ -315,7 +315,9 @@ class PiMLP(nn.Module):
         """
         found = count_layers(state_dict)
         if strict and found != len(self.layers):
-            raise ValueError(f"the state is of a net of depth {found - 1}, this one has depth {self.depth}: build it with that")
+            raise ValueError(
+                f"the state is of a net of depth {found - 1}, this one has depth {self.depth}: build it with that"
+            )
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
@@ -355,7 +357,7 @@ class InfMLP(PiMLP):
         d_in: int,
         d_out: int,
         r: int,
-        L: int | None = None,  # noqa: N803 (the published name)
+        L: int | None = None,
         first_layer_alpha: float = 1.0,
         last_layer_alpha: float = 1.0,
         bias_alpha: float = 1.0,
@@ -417,7 +419,7 @@ class InfMLP(PiMLP):
         return {name: getattr(self, name) for name in names} | {"dtype": str(self.dtype).removeprefix("torch.")}
 
 
-def resolve_depth(depth: int | None, L: int | None) -> int:  # noqa: N803 (the published name)
+def resolve_depth(depth: int | None, L: int | None) -> int:
     """The number of ReLU layers from either argument."""
     if depth is not None and L is not None and depth != L + 1:
         raise ValueError(f"depth={depth} and L={L} contradict each other: L is depth - 1; give one of them")
