@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,9 @@ class Atoms:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickles and copies: valid rows only."""
-        blocks = [Block(*(t[: b.size].clone() for t in (b.A, b.B, b.Amult)), b.size) for b in self.blocks]
+        blocks = [
+            Block(b.A[: b.size].clone(), b.B[: b.size].clone(), b.Amult[: b.size].clone(), b.size) for b in self.blocks
+        ]
         return self.__dict__ | {
             "blocks": blocks,
             "pending": copy.copy(self.pending),
@@ -191,7 +193,7 @@ class AtomsParameter(nn.Parameter):
 
     def __new__(
         cls, atoms: Atoms, requires_grad: bool = True, output_layer: bool = False, lr_mult: float = 1.0
-    ) -> "AtomsParameter":
+    ) -> Self:
         """An empty tensor on the device of the atoms, in the dtype of their multipliers."""
         data = torch.empty(0, device=atoms.device, dtype=wide(atoms.dtype))
         parameter = super().__new__(cls, data, requires_grad)
@@ -199,7 +201,7 @@ class AtomsParameter(nn.Parameter):
         return parameter
 
     @property
-    def grad(self) -> Tensor | None:  # type: ignore[override]
+    def grad(self) -> Tensor | None:
         """Rows of A to come, (n, r_out)."""
         pending = self.atoms.pending
         if len(pending) > 1:
@@ -229,7 +231,7 @@ class AtomsParameter(nn.Parameter):
         """Pickled with its atoms."""
         return type(self), (self.atoms, *self._flags())
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # noqa: ANN401
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]  # noqa: ANN401
         """Number and widths of the atoms."""
         atoms = self.atoms
         return f"AtomsParameter({len(atoms)} atoms, r={atoms.r}, r_out={atoms.r_out}, {atoms.dtype})"

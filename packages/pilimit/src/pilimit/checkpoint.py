@@ -52,7 +52,7 @@ def save_net(
     tensors: dict[str, Tensor] = {
         name: p.detach() for name, p in net.named_parameters() if not name.endswith(".weight")
     }
-    table = {}
+    table: dict[str, Any] = {}
     for i, layer in enumerate(net.layers):
         if i:
             atoms: Atoms = layer.atoms  # type: ignore[assignment]
@@ -257,7 +257,7 @@ def _build(state: dict[str, Any], layernorm: bool) -> InfMLP:
     if count < 2:
         raise KeyError("layers.1.A")
     first, last = state["layers.0.A"], state[f"layers.{count - 1}.A"]
-    alphas = {name: float(state.get(name, 1.0)) for name in NET_ALPHAS[:3]}
+    alphas: dict[str, Any] = {name: float(state.get(name, 1.0)) for name in NET_ALPHAS[:3]}
     alphas["last_bias_alpha"] = float(state.get("last_bias_alpha", alphas["bias_alpha"]))
     net = InfMLP(
         first.shape[0], last.shape[1], first.shape[1], count - 2, **alphas, layernorm=layernorm, dtype=last.dtype,

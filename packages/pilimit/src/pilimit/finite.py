@@ -49,6 +49,9 @@ class ProjectedLinear(torch.autograd.Function):
 class FinPiLayer(PiLayer):
     """What both finite layers share: weight (n_out, n_in), bias, and omega (n_out, r) unless it is an output layer."""
 
+    omega: Tensor
+    gcovinv: Tensor
+
     def __init__(
         self,
         r: int,
@@ -74,7 +77,8 @@ class FinPiLayer(PiLayer):
     def _sample(self, layer: InfPiInputLinearReLU | InfPiLinearReLU, previous: Tensor | None, omega: Tensor) -> None:
         """Weights of a finite twin (section 5 of the paper's appendix); ``previous`` is the omega before this layer."""
         n = self.n_in if previous is not None else self.n_out
-        moments = layer.A.T if previous is None else _weights_seen(layer, previous)  # type: ignore[arg-type]
+        source: Any = layer
+        moments: Tensor = source.A.T if previous is None else _weights_seen(source, previous)
         if self.output_layer:
             self.weight.copy_(moments * n**-0.5)
         else:
@@ -266,12 +270,13 @@ class FinMLP(PiMLP):
         net = inf_net or InfMLP(d_in, d_out, r, depth - 1, *alphas, layernorm, **common)
         if omegas is not None and len(omegas) != depth:
             raise ValueError(f"expected {depth} omegas, one per hidden layer, got {len(omegas)}")
-        like = net.layers[0].A
-        given = omegas or [None] * depth
-        drawn = [_omega(width, r, omega, like, generator) for omega in given]  # type: ignore[arg-type]
+        infinite: list[Any] = list(net.layers)
+        like = infinite[0].A
+        given: list[Tensor | None] = [*omegas] if omegas else [None] * depth
+        drawn = [_omega(width, r, omega, like, generator) for omega in given]
         common["project"] = project
         layers: list[nn.Module] = [
-            FinPiInputLinearReLU(r, d_in, width, self.bias_alpha, layernorm, net.layers[0], omega=drawn[0], **common)  # type: ignore[arg-type]
+            FinPiInputLinearReLU(r, d_in, width, self.bias_alpha, layernorm, infinite[0], omega=drawn[0], **common)
         ]
         for i in range(1, depth):
             layers.append(
@@ -282,15 +287,15 @@ class FinMLP(PiMLP):
                     self.bias_alpha,
                     False,
                     layernorm,
-                    net.layers[i],
-                    drawn[i - 1],  # type: ignore[arg-type]
+                    infinite[i],
+                    drawn[i - 1],
                     omega=drawn[i],
                     **common,
-                )  # fmt: skip
+                )
             )
-        last = net.layers[depth]
+        last = infinite[depth]
         layers.append(
-            FinPiLinearReLU(r, width, d_out, self.last_bias_alpha, True, layernorm, last, drawn[-1], **common)  # type: ignore[arg-type]
+            FinPiLinearReLU(r, width, d_out, self.last_bias_alpha, True, layernorm, last, drawn[-1], **common)
         )
         self.layers = nn.ModuleList(layers)
 
@@ -332,5 +337,6 @@ def mu_net(
     net = FinMLP(d_in, d_out, 1, width, project=False, **options)
     with torch.no_grad():
         for layer in net.layers:
-            layer.weight.normal_(0, (2 / layer.n_in) ** 0.5, generator=generator)  # type: ignore[union-attr, operator]
+            assert isinstance(layer, FinPiLayer)
+            layer.weight.normal_(0, (2 / layer.n_in) ** 0.5, generator=generator)
     return net

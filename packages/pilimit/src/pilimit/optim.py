@@ -51,7 +51,7 @@ class PiSGD(Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # noqa: ANN401
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401
         """Update all parameters that have a gradient."""
         loss = None
         if closure is not None:
@@ -159,7 +159,7 @@ def param_groups(
 @torch.no_grad()
 def grad_norms(parameters: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Pairs (parameter, norm of its gradient) of all that have one: operator norms of atoms, else Euclidean norms."""
-    norms = []
+    norms: list[tuple[Tensor, Tensor]] = []
     for p in parameters:
         if isinstance(p, AtomsParameter):
             rows = p.pending()

@@ -115,8 +115,8 @@ class Angles:
         fits = (
             spare is not None and spare.dtype == u.dtype and spare.device == u.device and spare.numel() >= count * size
         )
-        self._room = spare if fits else u.new_empty(count * size)
-        self._parts = self._room[: count * size].view(count, size) if count else ()
+        self._room = spare if spare is not None and fits else u.new_empty(count * size)
+        self._parts: Any = self._room[: count * size].view(count, size) if count else ()
 
     def __getitem__(self, i: int) -> Tensor | None:
         """Flat room for the angles of chunk ``i``; None if it has none."""
