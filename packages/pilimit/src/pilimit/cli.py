@@ -12,8 +12,9 @@ DESCRIPTION = """Infinite-width networks that learn features, and their finite t
 
 Examples:
   pilimit convert epoch46.th my-net      a published checkpoint to a folder of our own; nothing in it is executed
+  pilimit sample my-net finite.safetensors --width 2048
 
-Planned: train, eval, transfer, maml, kernel, sample, sweep.
+Planned: train, eval, transfer, maml, kernel, sweep.
 """
 
 
@@ -43,6 +44,35 @@ def _convert(config: ConvertConfig) -> None:
         print(f"{config.target}: depth {net.depth}, r {net.r}, atoms per layer {result['atoms']}")
 
 
+@dataclass(frozen=True)
+class SampleConfig:
+    """Write a finite net that is sampled from an infinite one, as safetensors."""
+
+    source: tyro.conf.Positional[Path]
+    """Folder of our own format, or a published file."""
+    target: tyro.conf.Positional[Path]
+    """File to write."""
+    width: int = 1024
+    """Units per hidden layer."""
+    seed: int = 0
+    """Of the sample."""
+
+
+def _sample(config: SampleConfig) -> None:
+    import torch
+    from zoo_common.checkpoint import save_checkpoint
+
+    from pilimit.checkpoint import load_net
+    from pilimit.finite import FinMLP
+
+    net = load_net(config.source)
+    finite = FinMLP.sample(net, config.width, generator=torch.Generator().manual_seed(config.seed))
+    save_checkpoint(config.target, finite.state_dict(), net.config | {"width": config.width, "seed": config.seed})
+    print(f"{config.target}: width {config.width}, depth {net.depth}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    return run_command("pilimit", DESCRIPTION, {"convert": (ConvertConfig, _convert)}, argv)
+    return run_command(
+        "pilimit", DESCRIPTION, {"convert": (ConvertConfig, _convert), "sample": (SampleConfig, _sample)}, argv
+    )
