@@ -1,14 +1,16 @@
+import json
 from importlib.metadata import version
 
 import pytest
+import torch
+from pilimit import InfMLP, load_net
 from pilimit.cli import main
 
 
 def test_help_says_what_will_come(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert "no features yet" in out
-    assert "pilimit train" in out or "pilimit pretrain" in out
+    assert "convert" in out and "Planned: train" in out
 
 
 def test_version_is_that_of_the_package(capsys):
@@ -19,3 +21,18 @@ def test_version_is_that_of_the_package(capsys):
 @pytest.mark.parametrize("arguments", [["train"], ["--fast"]])
 def test_commands_that_do_not_exist_yet_are_wrong_usage(arguments):
     assert main(arguments) == 2
+
+
+def test_convert_writes_the_same_net_once(tmp_path, capsys):
+    net = InfMLP(6, 3, 5, depth=3)
+    torch.save(net.state_dict(), tmp_path / "net.th")
+    arguments = ["convert", str(tmp_path / "net.th"), str(tmp_path / "own")]
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == net.config | {"atoms": [5, 5, 5]}
+    x = torch.randn(4, 6)
+    assert torch.equal(load_net(tmp_path / "own")(x), net(x))
+    assert main(arguments) == 1
+    assert "not an empty folder" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "absent.th"), str(tmp_path / "other")]) == 1
+    error = capsys.readouterr().err
+    assert "there is no file" in error and error.count("\n") == 1

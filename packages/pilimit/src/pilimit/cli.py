@@ -1,21 +1,78 @@
 """The ``pilimit`` command."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import tyro
 from zoo_common.command import run_command
 
 DESCRIPTION = """Infinite-width networks that learn features, and their finite twins.
 
-This version holds no features yet. Planned commands:
-  pilimit train TASK                 train an infinite-width or finite network
-  pilimit eval, pilimit transfer     judge its features by their kernel, or on another task
-  pilimit maml                       meta-learning on Omniglot
-  pilimit kernel                     NNGP and NTK limits
-  pilimit sample                     a finite network from an infinite one
-  pilimit convert, pilimit sweep
+Examples:
+  pilimit convert epoch46.th my-net      a published checkpoint to a folder of our own; nothing in it is executed
+  pilimit sample my-net finite.safetensors --width 2048
+
+Planned: train, eval, transfer, maml, kernel, sweep.
 """
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Write a published checkpoint (library, original object, converted original) as a folder of our own format."""
+
+    source: tyro.conf.Positional[Path]
+    """The published file."""
+    target: tyro.conf.Positional[Path]
+    """Folder to write; it must not exist, or be empty."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def _convert(config: ConvertConfig) -> None:
+    from pilimit.checkpoint import load_net, save_net
+
+    if config.target.exists() and (not config.target.is_dir() or any(config.target.iterdir())):
+        raise ValueError(f"{config.target} exists and is not an empty folder: name another, or remove it")
+    net = load_net(config.source)
+    save_net(config.target, net)
+    result = net.config | {"atoms": [len(layer.atoms) for layer in net.infinite_layers()]}
+    if config.json:
+        print(json.dumps(result))
+    else:
+        print(f"{config.target}: depth {net.depth}, r {net.r}, atoms per layer {result['atoms']}")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Write a finite net that is sampled from an infinite one, as safetensors."""
+
+    source: tyro.conf.Positional[Path]
+    """Folder of our own format, or a published file."""
+    target: tyro.conf.Positional[Path]
+    """File to write."""
+    width: int = 1024
+    """Units per hidden layer."""
+    seed: int = 0
+    """Of the sample."""
+
+
+def _sample(config: SampleConfig) -> None:
+    import torch
+    from zoo_common.checkpoint import save_checkpoint
+
+    from pilimit.checkpoint import load_net
+    from pilimit.finite import FinMLP
+
+    net = load_net(config.source)
+    finite = FinMLP.sample(net, config.width, generator=torch.Generator().manual_seed(config.seed))
+    save_checkpoint(config.target, finite.state_dict(), net.config | {"width": config.width, "seed": config.seed})
+    print(f"{config.target}: width {config.width}, depth {net.depth}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    return run_command("pilimit", DESCRIPTION, {}, argv)
+    return run_command(
+        "pilimit", DESCRIPTION, {"convert": (ConvertConfig, _convert), "sample": (SampleConfig, _sample)}, argv
+    )

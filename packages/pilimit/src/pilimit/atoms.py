@@ -1,0 +1,246 @@
+"""The growing state of an infinite layer: atoms in blocks of fixed size, so that growth copies nothing."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from pilimit.expectations import wide
+
+_SCALES = (1e-6, 1e6)
+"""Between these the common factor of all multipliers stays apart; beyond, it would cost them digits."""
+
+
+@dataclass
+class Block:
+    """Room for some atoms, of which the first ``size`` are valid."""
+
+    A: Tensor  # (capacity, r_out)
+    B: Tensor  # (capacity, r), unit rows
+    Amult: Tensor  # (capacity,), in float32 or better
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Where some rows of the atoms have been written: a file whose name no other content ever has."""
+
+    name: str
+    digest: str
+    rows: int
+
+
+class Atoms:
+    r"""The operator :math:`\sum_m \mathrm{scale} \cdot \mathrm{Amult}_m A_m \otimes \mathrm{relu}\langle B_m, Z\rangle`.
+
+    Rows of A and B never change once they are there; weight decay is in ``scale``, so it costs the same for any number
+    of atoms.
+
+    Args:
+        r: Width of the rows of B.
+        r_out: Width of the rows of A.
+        dtype: Of A and B; multipliers have at least float32.
+        device: Where they are.
+        block_size: Atoms per block; default: 16,384, or 65,536 on a GPU.
+    """
+
+    def __init__(
+        self,
+        r: int,
+        r_out: int,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        block_size: int | None = None,
+    ) -> None:
+        self.r, self.r_out, self.dtype = r, r_out, dtype
+        self.device = torch.empty(0, device=device).device
+        self.block_size = block_size or (16_384 if self.device.type == "cpu" else 65_536)
+        self.blocks: list[Block] = []
+        self.scale = 1.0
+        self.pending: list[tuple[Tensor, Tensor]] = []
+        """Rows (A, B) of each backward pass since the last step."""
+        self.version = 0
+        """Counts changes, so that a backward pass can tell that its forward pass saw another state."""
+        self.segments: list[Segment] = []
+        """Files that hold the first rows."""
+        self.rewritten = False
+        """Whether multipliers of rows in ``segments`` have changed since."""
+        self.spare: Tensor | None = None
+        """Room that backward passes have left for the next ones."""
+
+    def __len__(self) -> int:
+        """Number of atoms."""
+        return sum(block.size for block in self.blocks)
+
+    @property
+    def bytes_per_atom(self) -> int:
+        """Of A, B and the multiplier."""
+        return (self.r + self.r_out) * self.dtype.itemsize + wide(self.dtype).itemsize
+
+    def pieces(self, length: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Views of (A, B, Amult) of at most ``length`` atoms each, in order, without ``scale``."""
+        for block in self.blocks:
+            for start in range(0, block.size, length):
+                rows = slice(start, min(start + length, block.size))
+                yield block.A[rows], block.B[rows], block.Amult[rows]
+
+    def append(self, a: Tensor, b: Tensor, multiplier: float | Tensor) -> None:
+        """Add atoms: ``a`` of shape (n, r_out), ``b`` (n, r), ``multiplier`` one for all or (n,)."""
+        self.version += 1
+        done = 0
+        while done < len(a):
+            if not self.blocks or self.blocks[-1].size == len(self.blocks[-1].A):
+                self.blocks.append(self._new_block())
+            block = self.blocks[-1]
+            count = min(len(block.A) - block.size, len(a) - done)
+            rows, source = slice(block.size, block.size + count), slice(done, done + count)
+            block.A[rows], block.B[rows] = a[source], b[source]
+            block.Amult[rows] = (multiplier[source] if isinstance(multiplier, Tensor) else multiplier) / self.scale
+            block.size += count
+            done += count
+
+    def _new_block(self) -> Block:
+        options: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        n = self.block_size
+        amult = torch.empty(n, device=self.device, dtype=wide(self.dtype))
+        return Block(torch.empty(n, self.r_out, **options), torch.empty(n, self.r, **options), amult)
+
+    def clear(self) -> None:
+        """Remove all atoms."""
+        self.blocks, self.scale, self.segments, self.rewritten = [], 1.0, [], False
+        self.version += 1
+
+    def adopt(self, a: Tensor, b: Tensor, amult: Tensor) -> None:
+        """Make tensors (which may be mapped from a file) the next block, without a copy."""
+        self.blocks.append(Block(a, b, amult, len(a)))
+        self.version += 1
+
+    def decay(self, factor: float) -> None:
+        """Multiply all multipliers."""
+        self.scale *= factor
+        self.version += 1
+        if not _SCALES[0] < self.scale < _SCALES[1]:
+            self.fold()
+
+    def fold(self) -> None:
+        """Multiply ``scale`` into the multipliers, of which the caller will change each by itself."""
+        if self.scale != 1.0:
+            for block in self.blocks:
+                block.Amult[: block.size] *= self.scale
+        self.scale, self.rewritten = 1.0, True
+        self.version += 1
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies of A (M, r_out), B (M, r) and the multipliers (M,), decay included."""
+        options: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        a, b = torch.empty(0, self.r_out, **options), torch.empty(0, self.r, **options)
+        amult = torch.empty(0, device=self.device, dtype=wide(self.dtype))
+        parts = list(self.pieces(self.block_size))
+        lists = ([first, *(part[i] for part in parts)] for i, first in enumerate((a, b, amult)))
+        a, b, amult = (torch.cat(tensors) for tensors in lists)
+        return a, b, amult * self.scale
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Move and convert, block by block."""
+        if (dtype, device) == (self.dtype, self.device):
+            return
+        if dtype != self.dtype:
+            self.segments = []
+        self.dtype, self.device = dtype, device
+        for block in self.blocks:
+            block.A, block.B = block.A.to(device, dtype), block.B.to(device, dtype)
+            block.Amult = block.Amult.to(device, wide(dtype))
+        self.pending = [(a.to(device, dtype), b.to(device, dtype)) for a, b in self.pending]
+        self.version += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles and copies: valid rows only."""
+        blocks = [
+            Block(b.A[: b.size].clone(), b.B[: b.size].clone(), b.Amult[: b.size].clone(), b.size) for b in self.blocks
+        ]
+        return self.__dict__ | {
+            "blocks": blocks,
+            "pending": copy.copy(self.pending),
+            "segments": [*self.segments],
+            "spare": None,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give the last block its room again, so that sums keep their order."""
+        self.__dict__ |= state
+        if self.blocks and self.blocks[-1].size < self.block_size:
+            last = self.blocks.pop()
+            self.blocks.append(room := self._new_block())
+            for part, valid in ((room.A, last.A), (room.B, last.B), (room.Amult, last.Amult)):
+                part[: last.size] = valid
+            room.size = last.size
+
+
+class AtomsParameter(nn.Parameter):
+    """What stands for the atoms of a layer among the parameters of a module: an empty tensor with attribute ``atoms``.
+
+    ``grad`` is None, or the rows of A that the next step appends; setting it to None drops them.
+    """
+
+    atoms: Atoms
+    output_layer: bool
+    """Whether the layer gives the outputs of a net."""
+    lr_mult: float
+    """Multiplier of the learning rate."""
+
+    def __new__(
+        cls, atoms: Atoms, requires_grad: bool = True, output_layer: bool = False, lr_mult: float = 1.0
+    ) -> Self:
+        """An empty tensor on the device of the atoms, in the dtype of their multipliers."""
+        data = torch.empty(0, device=atoms.device, dtype=wide(atoms.dtype))
+        parameter = super().__new__(cls, data, requires_grad)
+        parameter.atoms, parameter.output_layer, parameter.lr_mult = atoms, output_layer, lr_mult
+        return parameter
+
+    @property
+    def grad(self) -> Tensor | None:
+        """Rows of A to come, (n, r_out)."""
+        pending = self.atoms.pending
+        if len(pending) > 1:
+            self.atoms.pending = pending = [(torch.cat([a for a, _ in pending]), torch.cat([b for _, b in pending]))]
+        return pending[0][0] if pending else None
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        if value is not None:
+            raise ValueError("the gradient of atoms is made by backward passes; it can only be set to None")
+        self.atoms.pending = []
+
+    def pending(self) -> tuple[Tensor, Tensor] | None:
+        """The rows (A, B) that the next step appends, (n, r_out) and (n, r); None if there are none."""
+        return self.atoms.pending[0] if self.grad is not None else None
+
+    def _flags(self) -> tuple[bool, bool, float]:
+        return self.requires_grad, self.output_layer, self.lr_mult
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AtomsParameter":
+        """A parameter with atoms of its own."""
+        if id(self) not in memo:
+            memo[id(self)] = type(self)(copy.deepcopy(self.atoms, memo), *self._flags())
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:  # noqa: ANN401
+        """Pickled with its atoms."""
+        return type(self), (self.atoms, *self._flags())
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]  # noqa: ANN401
+        """Number and widths of the atoms."""
+        atoms = self.atoms
+        return f"AtomsParameter({len(atoms)} atoms, r={atoms.r}, r_out={atoms.r_out}, {atoms.dtype})"
+
+
+def align(velocity: "Tensor | Sequence[Tensor]", atoms: Atoms) -> list[Tensor]:
+    """Split a vector with one entry per atom like the blocks, each part with the block's capacity."""
+    if isinstance(velocity, Tensor):
+        parts = velocity.split([block.size for block in atoms.blocks])
+        velocity = [torch.cat([p, p.new_zeros(len(k.A) - len(p))]) for p, k in zip(parts, atoms.blocks, strict=True)]
+    missing = atoms.blocks[len(velocity) :]
+    return [*velocity, *(torch.zeros_like(block.Amult) for block in missing)]

@@ -1,0 +1,194 @@
+r"""Forward and backward pass of an infinite layer, chunk by chunk.
+
+For pre-activations g with norms s and directions u = g / s, the layer computes
+
+.. math:: y = \sigma \sum_m F_{00}(\langle u, B_m\rangle) c_m A_m, \qquad \sigma = s \text{ (or 1 with layernorm).}
+
+The backward pass uses that y is homogeneous of degree one in g (of degree zero with layernorm), so that the part of the
+gradient along g is ``<D, y> / s`` (or 0), and only F11 remains to be summed over the atoms.
+"""
+
+import threading
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pilimit.atoms import Atoms, AtomsParameter
+from pilimit.expectations import TWO_PI, wide
+
+_ELEMENTS = {"cpu": 2**16}
+"""Entries of a temporary: a quarter of the cache that is close to a CPU core; on a GPU, launches decide."""
+_ROWS = {"cpu": 3 * 2**18}
+"""Entries of the rows of B that are worked on at once; the products of both ends of a layer then find them in a cache."""
+_FEWEST = 1024
+
+
+class Propagate(torch.autograd.Function):
+    """Pre-activations (b, r) to those of the next layer (b, r_out), without bias. Backward stages the new atoms."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        g: Tensor,
+        parameter: Tensor,
+        atoms: Atoms,
+        layernorm: bool,
+        recording: bool,
+    ) -> Tensor:
+        """Compute y; keep the angles of as many atoms as fit in the bytes of one block."""
+        s, u = directions(g)
+        sigma = (s > 0).to(s.dtype) if layernorm else s
+        keep = atoms.block_size * atoms.bytes_per_atom if recording else 0
+        angles = Angles(atoms, u, keep)
+        y = _sum_forward(atoms, u, angles)
+        y *= sigma * (atoms.scale / TWO_PI)
+        ctx.atoms, ctx.version, ctx.layernorm = atoms, atoms.version, layernorm
+        ctx.angles = angles
+        ctx.save_for_backward(u, s, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # noqa: ANN401
+        """Gradient of g; the rows of A and B go to ``atoms.pending``."""
+        atoms: Atoms = ctx.atoms
+        if atoms.version != ctx.version:
+            raise RuntimeError("the atoms have changed since this forward pass: call backward before step, load or to")
+        u, s, y = ctx.saved_tensors
+        present = (s > 0).to(s.dtype)
+        if ctx.needs_input_grad[1]:
+            sigma = present if ctx.layernorm else s
+            atoms.pending.append(((d * sigma).to(atoms.dtype), u.to(atoms.dtype)))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        x = _sum_backward(atoms, u, d, ctx.angles) * (present * (atoms.scale / TWO_PI))
+        x -= (x * u).sum(1, keepdim=True) * u
+        inverse = present / torch.where(s > 0, s, 1.0)
+        x = x * inverse if ctx.layernorm else x + (d * y).sum(1, keepdim=True) * inverse * u
+        return x, None, None, None, None
+
+
+def propagate(g: Tensor, parameter: AtomsParameter, layernorm: bool) -> Tensor:
+    """Pre-activations (b, r) to those of the next layer (b, r_out), without bias."""
+    recording = torch.is_grad_enabled() and (g.requires_grad or parameter.requires_grad)
+    return Propagate.apply(g, parameter, parameter.atoms, layernorm, recording)
+
+
+def directions(g: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms (b, 1) and unit rows (b, r) of pre-activations; a zero row has direction zero."""
+    s = torch.linalg.vector_norm(g, dim=1, keepdim=True)
+    return s, g / torch.where(s > 0, s, 1.0)
+
+
+def chunk(atoms: Atoms, rows: int) -> int:
+    """Atoms that are worked on at once for a batch of this size."""
+    kind = atoms.device.type
+    longest = min(_ELEMENTS.get(kind, 2**22) // max(rows, 1), _ROWS.get(kind, 2**30) // atoms.r)
+    return min(atoms.block_size, max(_FEWEST, longest))
+
+
+def correlations(u: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Products of unit rows (b, r) and (m, r), cut to [-1, 1]."""
+    return torch.mm(u, b.t(), out=out).clamp_(-1, 1)
+
+
+class Angles:
+    """Room for the angles arccos(-q) of the first atoms, borrowed from the layer for as long as a graph lives.
+
+    Fresh memory costs more than the arithmetic: the system clears it page by page.
+
+    Args:
+        atoms: The layer's.
+        u: Unit rows (b, r).
+        limit: Bytes of all angles at most.
+    """
+
+    def __init__(self, atoms: Atoms, u: Tensor, limit: int) -> None:
+        length = chunk(atoms, len(u))
+        size = max(len(u), 1) * length
+        chunks = sum(-(-block.size // length) for block in atoms.blocks)
+        count = min(int(limit) // (size * u.itemsize), chunks)
+        self._atoms, spare, atoms.spare = atoms, atoms.spare, None
+        fits = (
+            spare is not None and spare.dtype == u.dtype and spare.device == u.device and spare.numel() >= count * size
+        )
+        self._room = spare if spare is not None and fits else u.new_empty(count * size)
+        self._parts: Any = self._room[: count * size].view(count, size) if count else ()
+
+    def __getitem__(self, i: int) -> Tensor | None:
+        """Flat room for the angles of chunk ``i``; None if it has none."""
+        return self._parts[i] if i < len(self._parts) else None
+
+    def __del__(self) -> None:
+        """Give the room back."""
+        self._atoms.spare = self._room
+
+
+class _Scratch(threading.local):
+    """Room for temporaries of one chunk, one per thread."""
+
+    room: Tensor | None = None
+
+    def take(self, count: int, like: Tensor) -> Tensor:
+        """Rows of ``len(like)`` times the chunk's length."""
+        room = self.room
+        if room is None or room.numel() < count or room.dtype != like.dtype or room.device != like.device:
+            self.room = room = like.new_empty(count)
+        return room[:count]
+
+
+_scratch = _Scratch()
+
+
+def _sum_forward(atoms: Atoms, u: Tensor, angles: Angles) -> Tensor:
+    """The sum of 2 pi F00 c A, (b, r_out); fills ``angles``."""
+    rows, length = len(u), chunk(atoms, len(u))
+    y = u.new_zeros(rows, atoms.r_out)
+    room = _scratch.take(4 * rows * length, u).view(4, -1)
+    for i, (a, b, amult) in enumerate(atoms.pieces(length)):
+        kept = angles[i]
+        buffers = (*room[:3], room[3] if kept is None else kept)
+        q, f, t, angle = (buffer[: rows * len(b)].view(rows, len(b)) for buffer in buffers)
+        correlations(u, _widened(b), q)
+        torch.neg(q, out=angle)
+        torch.add(angle, 1, out=f)
+        torch.add(q, 1, out=t)
+        angle.acos_()
+        f.mul_(t).sqrt_().addcmul_(q, angle).mul_(amult)  # (1 - q)(1 + q): 1 - q * q would lose half of the digits
+        y.addmm_(f, _widened(a))
+    return y
+
+
+def _sum_backward(atoms: Atoms, u: Tensor, d: Tensor, angles: Angles) -> Tensor:
+    """The sum of 2 pi F11 c <d, A> B, (b, r)."""
+    rows, length = len(u), chunk(atoms, len(u))
+    x = torch.zeros_like(u)
+    room = _scratch.take(4 * rows * length, u).view(4, -1)
+    for i, (a, b, amult) in enumerate(atoms.pieces(length)):
+        kept, b_wide = angles[i], _widened(b)
+        w, angle = (
+            buffer[: rows * len(b)].view(rows, len(b)) for buffer in (room[0], room[1] if kept is None else kept)
+        )
+        if kept is None:
+            correlations(u, b_wide, angle).neg_().acos_()
+        torch.mm(d, _widened(a).t(), out=w).mul_(amult).mul_(angle)
+        x.addmm_(w, b_wide)
+    return x
+
+
+_warned = False
+
+
+def _widened(rows: Tensor) -> Tensor:
+    global _warned
+    if rows.dtype == wide(rows.dtype):
+        return rows
+    if rows.device.type == "cpu" and not _warned:
+        _warned = True
+        warnings.warn(
+            f"{rows.dtype} on a CPU is converted chunk by chunk, which is slow: float32 is faster", stacklevel=2
+        )
+    return rows.to(wide(rows.dtype))
