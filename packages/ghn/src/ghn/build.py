@@ -45,6 +45,8 @@ def nodes_of(
     record = trace(model, example_inputs)
     supported = support.extended if extended else support.published
     if dialect == "ppuda":
+        if isinstance(model, VisionTransformer):
+            raise ValueError("the graphs of 2021 know no VisionTransformer of torchvision: use dialect='ghn3'")
         supported = support.published_ppuda
         draft = _ppuda(draft_of(record, 1, lambda owner: supported(owner) is not None, whole_slices=True))
     elif compat:
@@ -121,7 +123,8 @@ def _ppuda(draft: Draft) -> Draft:
     source = draft.add(_INPUT)
     for i in sources:
         draft.connect(source, i)
-    draft.sort()
+    if not draft.sort():
+        raise ValueError("the graph of 2021 has a cycle, as if a layer were used repeatedly: use dialect='ghn3'")
     add_position_sums(draft, support.published_ppuda)
     ppuda.filter_nodes(draft, support.published_ppuda)
     return draft

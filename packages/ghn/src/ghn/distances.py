@@ -1,7 +1,5 @@
 """Lengths of the shortest directed paths in a graph: the virtual edges."""
 
-from collections.abc import Iterable, Sequence
-
 import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import dijkstra
@@ -27,18 +25,3 @@ def path_lengths(n: int, edges: np.ndarray, cutoff: int) -> np.ndarray:
         lengths[np.isinf(lengths)] = 0
         found[:] = lengths
     return found
-
-
-def unreachable(n: int, edges: Iterable[Sequence[int]], start: int, *, backwards: bool = False) -> list[int]:
-    """Nodes to which no directed path leads from ``start`` (``backwards``: from which none leads to it), in order."""
-    neighbours: list[list[int]] = [[] for _ in range(n)]
-    for edge in edges:
-        a, b = (edge[1], edge[0]) if backwards else (edge[0], edge[1])
-        neighbours[a].append(b)
-    seen, waiting = {start}, [start]
-    while waiting:
-        for other in neighbours[waiting.pop()]:
-            if other not in seen:
-                seen.add(other)
-                waiting.append(other)
-    return [node for node in range(n) if node not in seen]

@@ -117,14 +117,17 @@ class EmptyBatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         """Replace the operations of the table; give the -1 in ``x.view(x.size(0), -1)`` its size."""
+        if func in _LOOKS:
+            raise ValueError("the code looks at values, which an empty batch does not have")
         if instead := _INSTEAD.get(func):
             return instead(*args, **(kwargs or {}))
         if func in _VIEWS and args[0].numel() == 0:
-            sizes = tuple(args[1]) if len(args) == 2 and not isinstance(args[1], int) else args[1:]
+            sizes = tuple(args[1]) if len(args) == 2 and isinstance(args[1], tuple | list) else args[1:]
             if -1 in sizes and 0 in sizes:
                 rest = prod(size for size in args[0].shape if size) // prod(size for size in sizes if size > 0)
                 args = (args[0], tuple(rest if size == -1 else size for size in sizes))
         return func(*args, **(kwargs or {}))
 
 
+_LOOKS = (Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__)
 _VIEWS = (Tensor.view, Tensor.reshape, torch.reshape)

@@ -149,7 +149,7 @@ class Network(nn.Module):
         self.expected_input_sz = 224 if is_imagenet_input else 32
         small_map = stem_type == 1 or stem_pool
         self._two_stems = stem_type == 1 and not is_vit
-        c_prev_prev = c_prev = c = self._make_stem(
+        c_prev_prev = c_prev = self._make_stem(
             C, ks, is_imagenet_input, stem_pool, stem_type, imagenet_stride, norm, preproc
         )
         reductions = {n_cells // 3, 2 * n_cells // 3} - {0}
