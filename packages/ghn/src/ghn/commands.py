@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from ghn import training
 from ghn.adjust import adjust_net
 from ghn.checking import check as check_model
-from ghn import training
 from ghn.cli import CheckCommand, EvalCommand, GraphCommand, PredictCommand, TrainCommand
 from ghn.config import TrainConfig
 from ghn.evaluation import Comparison, compare, draw_comparison

@@ -19,6 +19,7 @@ from zoo_common.files import atomic_write
 from ghn.batchnorm import evaluate
 from ghn.deepnets.sampling import Sample, sample
 from ghn.model import GHN
+from ghn.training import keys_of
 
 _BATCH = 64
 """Published size of the batches whose statistics BatchNorm layers use."""
@@ -121,7 +122,7 @@ def difference(values: Sequence[float]) -> Difference:
 def _judge(ghn: GHN, drawn: Sample, index: int, train: Part, test: Part, epochs: int, lr: float, seed: int) -> Judged:
     with torch.random.fork_rng():
         torch.manual_seed(seed + index)
-        random = drawn.architecture.build(keys="ghn2" if ghn.dialect == "ppuda" else "ghn3")
+        random = drawn.architecture.build(keys=keys_of(ghn))
     predicted = copy.deepcopy(random).to(ghn.device)
     ghn(predicted, drawn.graph, bn_track_running_stats=True, keep_grads=False)
     accuracies = []
@@ -172,7 +173,8 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     for place, (title, (x, y, gain)) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(1, 2, place, xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axes.axline((0, 0), slope=1, color="grey", linestyle="--", linewidth=1)
-        axes.scatter(*([getattr(one, name) for one in comparison.networks] for name in (x, y)), s=18, alpha=0.7)
+        points = [[getattr(one, name) for one in comparison.networks] for name in (x, y)]
+        axes.scatter(points[0], points[1], s=18, alpha=0.7)
         axes.set(xlabel="test accuracy, random initialisation", ylabel="test accuracy, predicted weights")
         axes.set_title(f"{title}: {gain.mean:+.3f} (95 % interval {gain.low:+.3f} to {gain.high:+.3f})", fontsize=10)
     with atomic_write(path) as temporary:

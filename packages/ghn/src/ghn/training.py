@@ -6,8 +6,10 @@ import math
 import sys
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +22,11 @@ from zoo_common.files import atomic_write, visible_files
 from zoo_common.interrupts import deferred_interrupt
 
 from ghn.config import TrainConfig, read_config
+from ghn.deepnets.operations import Keys
 from ghn.deepnets.sampling import Sample, sample
 from ghn.images import augmented, load_images
 from ghn.matching import parameter_slots
-from ghn.model import build
+from ghn.model import GHN, build
 from ghn.pretrained import FILE
 
 STATE, CONFIG, LOG = "state.safetensors", "config.yaml", "metrics.jsonl"
@@ -39,9 +42,9 @@ class TrainReport:
     step: int
     steps: int
     loss: float
-    """Mean cross entropy of the last epoch's networks on training images."""
+    """Mean cross entropy on training images since the last line of the log."""
     accuracy: float
-    """Their accuracy, a fraction."""
+    """Mean accuracy there, a fraction."""
     skipped: int
     """Updates left out because loss or gradient was not finite."""
     seconds: float
@@ -135,8 +138,8 @@ class Training:
         self.per_epoch = len(part.labels) // config.batch_size
         self.steps = config.epochs * self.per_epoch
         self.step = self.skipped = 0
-        self.sums = torch.zeros(4, dtype=torch.float64)  # loss, accuracy, norm of predictions, number since the last line
-        self.means = (math.nan,) * 3
+        self.sums = torch.zeros(4, dtype=torch.float64)  # Means and their number, since the last line
+        self.means: tuple[float, ...] = (math.nan,) * 3
         self.graphs: OrderedDict[int, Sample] = OrderedDict()
 
     def loop(self, folder: Path, limit_seconds: float | None, quiet: bool) -> TrainReport:
@@ -159,7 +162,8 @@ class Training:
                     break
             self.save(folder / STATE)
         seconds, stopped = time.monotonic() - began, interrupted() and self.step < self.steps
-        return TrainReport(folder, self.step, self.steps, *self.means[:2], self.skipped, seconds, stopped)
+        loss, accuracy, _ = self.means
+        return TrainReport(folder, self.step, self.steps, loss, accuracy, self.skipped, seconds, stopped)
 
     def advance(self) -> None:
         """One update, a function of the state and of the step number."""
@@ -172,28 +176,16 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.random.fork_rng(), torch.autocast(self.device.type, torch.bfloat16, config.precision == "bf16"):
             torch.manual_seed(_mixed(*seeds, 1))  # dropout in classifiers
-            loss, norms, accuracy = self.losses([self.sampled(int(i)) for i in chosen], images, labels)
-        ((loss + config.predparam_wd * norms) / config.meta_batch).backward()
+            means = judge([self.sampled(int(i)) for i in chosen], self.ghn, images, labels)
+        (means.loss + config.predparam_wd * means.norm).backward()
         norm = nn.utils.clip_grad_norm_(self.ghn.parameters(), config.grad_clip or math.inf)
-        found = torch.stack([loss.detach(), accuracy, norms.detach()]).double().cpu() / config.meta_batch
+        found = torch.stack(means).detach().double().cpu()
         if found.isfinite().all() and norm.isfinite():
             self.optimizer.step()
             self.sums += torch.cat([found, torch.ones(1)])
         else:
             self.skip()
         self.step += 1
-
-    def losses(self, samples: list[Sample], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over networks: cross entropy, norms of the predicted tensors, and accuracy."""
-        keys = "ghn2" if self.ghn.dialect == "ppuda" else "ghn3"
-        nets = [one.architecture.build_empty(device=self.device, keys=keys) for one in samples]
-        graphs = [one.graph for one in samples]
-        self.ghn(nets, graphs, keep_grads=True, bn_track_running_stats=True, reduce_graph=True)
-        predicted = [slot.content for net in nets for slot in parameter_slots(net).values()]
-        norms = torch.stack([tensor.norm() for tensor in predicted if isinstance(tensor, Tensor)]).sum()
-        logits = torch.stack([net(images)[0] for net in nets]).float()
-        accuracy = (logits.argmax(2) == labels).float().mean(1).sum()
-        return F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(nets))) * len(nets), norms, accuracy
 
     def batch(self) -> Part:
         """The training images of this step; every epoch has an order of its own."""
@@ -212,9 +204,7 @@ class Training:
             self.graphs.move_to_end(index)
         else:
             is_small = self.config.nets == "small"
-            self.graphs[index] = sample(
-                "train", index, seed=self.config.seed, small=is_small, dialect=self.ghn.dialect
-            )
+            self.graphs[index] = sample("train", index, seed=self.config.seed, small=is_small, dialect=self.ghn.dialect)
             if len(self.graphs) > _KEPT_GRAPHS:
                 self.graphs.popitem(last=False)
         return self.graphs[index]
@@ -239,7 +229,7 @@ class Training:
         if count:
             self.means = (loss / count, accuracy / count, norms / count)
         line = {"step": self.step, "epoch": self.step / self.per_epoch}
-        line |= dict(zip(("loss", "accuracy", "predicted_norm"), self.means, strict=True))
+        line |= dict(zip(Means._fields, self.means, strict=True))
         line |= {"lr": self.optimizer.param_groups[0]["lr"], "skipped": self.skipped, "seconds": round(seconds, 3)}
         with log.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -254,6 +244,34 @@ class Training:
         progress = load_training(path, modules={"ghn": self.ghn}, optimizers={"adamw": self.optimizer})
         self.step, self.skipped, self.sums = progress["step"], progress["skipped"], progress["sums"]
         self.means = tuple(progress["means"])
+
+
+class Means(NamedTuple):
+    """What a meta-batch came to, means over its networks; scalars through which gradients flow."""
+
+    loss: Tensor
+    """Cross entropy."""
+    accuracy: Tensor
+    """A fraction."""
+    norm: Tensor
+    """Sum of the norms of a network's predicted tensors."""
+
+
+def judge(samples: Sequence[Sample], ghn: GHN, images: Tensor, labels: Tensor) -> Means:
+    """Predict the networks of a meta-batch and let all of them classify the same images."""
+    nets = [one.architecture.build_empty(device=images.device, keys=keys_of(ghn)) for one in samples]
+    graphs = [one.graph for one in samples]
+    ghn(nets, graphs, keep_grads=True, bn_track_running_stats=True, reduce_graph=True)
+    predicted = [slot.content for net in nets for slot in parameter_slots(net).values()]
+    norms = torch.stack([tensor.norm() for tensor in predicted if isinstance(tensor, Tensor)])
+    logits = torch.stack([net(images)[0] for net in nets]).float()
+    accuracy = (logits.argmax(2) == labels).float().mean()
+    return Means(F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(nets))), accuracy, norms.sum() / len(nets))
+
+
+def keys_of(ghn: GHN) -> Keys:
+    """How networks for a hypernetwork name their attention weights."""
+    return "ghn2" if ghn.dialect == "ppuda" else "ghn3"
 
 
 def cosine_warmup(epoch: int, epochs: int, lr: float, *, warmup: int = 5, first_lr: float = 1e-5) -> float:
@@ -294,7 +312,9 @@ def _open_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
         before, now = (dataclasses.asdict(one) for one in (read_config(stored), config))
         changed = [f"{key} ({before[key]} there, {now[key]} given)" for key in now if before[key] != now[key]]
         if changed:
-            raise ValueError(f"{stored} differs from what was given: {', '.join(changed)}; use the same, or another --out")
+            raise ValueError(
+                f"{stored} differs from what was given: {', '.join(changed)}; use the same, or another --out"
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(stored) as temporary:

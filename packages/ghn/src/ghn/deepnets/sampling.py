@@ -1,9 +1,7 @@
 """Random architectures: the generator of DeepNets-1M, and a family of small ones for laptops."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import count
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -124,25 +122,23 @@ def sample(
         raise ValueError(f"number and seed of an architecture must be at least 0, got {index} and {seed}")
     family, stream = SMALL if small else FAMILIES[split], SPLITS.index("test" if split == "wide" else split)
     rng = np.random.default_rng([seed, stream, index])
-    for _ in count():
+    while True:
         drawn = draw(family, rng)
         if drawn is None:
             continue
-        with torch.device("meta"):
-            nets = [drawn.build(size, is_imagenet_input=size == 1000) for size in (10, 1000)[: 1 if small else 2]]
-        params = [sum(parameter.numel() for parameter in net.parameters()) for net in nets]
-        if max(params) > family.max_params:
+        params = _parameters(drawn)
+        large = 0 if small else _parameters(drawn, num_classes=1000, is_imagenet_input=True)
+        if max(params, large) > family.max_params:
             continue
         if small:
             drawn = replace(drawn, C=8 * _between(rng, 1, 2), fc_dim=32 * _between(rng, 1, 2))
         elif split == "train":
-            drawn = _with_train_width(drawn, params[0] / 1e6, rng)
+            drawn = _with_train_width(drawn, params / 1e6, rng)
         else:
             drawn = _with_test_width(drawn, 4 if split == "wide" else 1)
         graph = _graph(drawn, dialect, ve_cutoff)
         if graph is not None:
             return Sample(drawn, graph)
-    raise AssertionError("unreachable")
 
 
 def draw(family: Family, rng: np.random.Generator) -> Architecture | None:
@@ -158,21 +154,15 @@ def draw(family: Family, rng: np.random.Generator) -> Architecture | None:
         return None
     is_vit = "msa" in genotype.operations()
     c_mult = _between(rng, 1, 2)
-    if steps > 1 or c_mult > 1:
-        preproc = True
-    elif family.always_preproc and not is_vit:
-        preproc = True
-    else:
-        preproc = bool(rng.random() > (0.8 if is_vit else 0.2))
+    preproc = steps > 1 or c_mult > 1 or (family.always_preproc and not is_vit)
+    preproc = preproc or bool(rng.random() > (0.8 if is_vit else 0.2))
     glob_avg = is_vit or n_cells > threshold or bool(rng.random() > 0.1)
     shallow = n_cells <= family.cells[0] + 1 and steps <= medium
     norm = family.norms[int(rng.integers(len(family.norms)))] if shallow else family.norms[0]
     stem_type = _between(rng, 0, 1)
     stem_pool = stem_type == 0 and (family.small or bool(rng.random() > 0.5))
     fc_layers = _between(rng, 1, 2)
-    return Architecture(
-        genotype, n_cells, ks, c_mult, preproc, glob_avg, norm, stem_type, stem_pool, fc_layers
-    )
+    return Architecture(genotype, n_cells, ks, c_mult, preproc, glob_avg, norm, stem_type, stem_pool, fc_layers)
 
 
 def draw_genotype(
@@ -222,9 +212,7 @@ def decode_genotype(
     first = int(not allow_none)
     cells = [_decode_cell(torch.softmax(scores, 1)[:, first:].numpy(), first) for scores in (normal, reduce)]
     states = range(2, 2 + len(cells[0]) // 2)
-    concat = tuple(
-        state for state in states if uniforms is None or state == states[-1] or next(uniforms) > 0.5
-    )
+    concat = tuple(state for state in states if uniforms is None or state == states[-1] or next(uniforms) > 0.5)
     return Genotype(cells[0], concat, cells[1], concat)
 
 
@@ -272,11 +260,15 @@ def _with_train_width(drawn: Architecture, millions: float, rng: np.random.Gener
 
 def _with_test_width(drawn: Architecture, factor: int) -> Architecture:
     """Fewest channels, in steps of 16, that give 2.5 million parameters; times a factor."""
-    for c in count(32, 16):
-        net = replace(drawn, C=c).build_empty(device="meta")
-        if sum(parameter.numel() for parameter in net.parameters()) >= _TEST_PARAMS:
-            return replace(drawn, C=factor * c)
-    raise AssertionError("unreachable")
+    c = 32
+    while _parameters(replace(drawn, C=c)) < _TEST_PARAMS:
+        c += 16
+    return replace(drawn, C=factor * c)
+
+
+def _parameters(architecture: Architecture, **options: Any) -> int:  # noqa: ANN401
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in architecture.build(**options).parameters())
 
 
 def _graph(architecture: Architecture, dialect: Dialect, ve_cutoff: int) -> Graph | None:
