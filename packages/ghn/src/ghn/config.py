@@ -15,7 +15,7 @@ class TrainConfig:
     data: Literal["digits", "cifar10"] = "digits"
     """Images: scikit-learn's digits, or CIFAR-10 (needs the folder of its files)."""
     nets: Literal["small", "deepnets"] = "small"
-    """Networks to train on: 3 to 6 cells of few channels, for laptops; or those of DeepNets-1M."""
+    """Networks to train on: 3 or 4 cells of few channels, for laptops; or those of DeepNets-1M."""
     num_nets: int = 1000
     """How many different networks (DeepNets-1M: 1000000)."""
     hypernet: Literal["ghn3", "ghn2"] = "ghn3"
@@ -28,7 +28,7 @@ class TrainConfig:
     """Attention heads of GHN-3."""
     max_shape: tuple[int, int, int, int] = (32, 32, 5, 5)
     """Largest tensor that is decoded; larger ones repeat it."""
-    epochs: int = 50
+    epochs: int = 40
     """Passes over the training images."""
     meta_batch: int = 4
     """Networks per update."""
@@ -48,7 +48,7 @@ class TrainConfig:
     """Of the forward passes; the decoders stay in fp32."""
     compile: bool = False
     """Compile the node network of the hypernetwork, for large ones on CUDA."""
-    save_every: int = 300
+    save_every: int = 100
     """Updates between two saved states."""
     log_every: int = 20
     """Updates between two lines of metrics."""
@@ -57,8 +57,12 @@ class TrainConfig:
     seed: int = 0
     """Seed of everything; two trainings with one seed see the same networks and images."""
 
-    def __post_init__(self) -> None:
-        """Refuse what cannot be trained."""
+    def check(self) -> None:
+        """Refuse what cannot be trained.
+
+        Raises:
+            ValueError: A setting is out of range.
+        """
         for name in ("num_nets", "epochs", "meta_batch", "warmup_epochs", "batch_size", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -124,6 +124,7 @@ class Training:
     """State of one training: hypernetwork, optimizer, step counter. Everything else follows from the step."""
 
     def __init__(self, config: TrainConfig, data_dir: Path | None = None) -> None:
+        config.check()
         self.config, self.device = config, choose_device(config.device)
         part = load_images(config.data, data_dir).train
         if len(part.labels) < config.batch_size:

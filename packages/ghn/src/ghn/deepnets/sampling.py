@@ -42,7 +42,7 @@ class Family:
     always_preproc: bool = True
     """Whether the inputs of a cell are convolved in all networks without attention."""
     small: bool = False
-    """Few channels, and cells of at most 16 x 16 pixels."""
+    """8 channels, cells of at most 16 x 16 pixels, and one layer behind their mean."""
 
 
 #: Settings of each split; ``wide`` has the architectures of ``test``, with more channels.
@@ -53,7 +53,7 @@ FAMILIES: dict[str, Family] = {
     "dense": Family(steps=(2, 6, 10), max_params=1e8),
     "search": Family((1, 3, 6), (6, 20), (10, 10), norms=("bnorm",), always_preproc=False),
 }
-SMALL = Family(steps=(1, 2, 2), cells=(3, 6), deep=(6, 6), norms=("bnorm",), small=True)
+SMALL = Family(steps=(1, 2, 2), cells=(3, 4), deep=(4, 4), norms=("bnorm",), small=True)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def sample(
         split: Which settings, and which random stream. ``wide`` has the stream of ``test``.
         index: Number of the architecture, from 0.
         seed: Any number from 0.
-        small: Draw small networks instead, whatever the split: 3 to 6 cells of 8 or 16 channels.
+        small: Draw small networks instead, whatever the split: 3 or 4 cells of 8 channels and more.
         dialect: See :class:`Graph`, as the next.
         ve_cutoff: Longest virtual edge.
 
@@ -131,7 +131,7 @@ def sample(
         if max(params, large) > family.max_params:
             continue
         if small:
-            drawn = replace(drawn, C=8 * _between(rng, 1, 2), fc_dim=32 * _between(rng, 1, 2))
+            drawn = replace(drawn, C=8, fc_layers=1, glob_avg=True)
         elif split == "train":
             drawn = _with_train_width(drawn, params / 1e6, rng)
         else:
