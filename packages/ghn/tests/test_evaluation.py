@@ -65,10 +65,9 @@ def test_bundled_predictions_recognise_digits(few):
 
 
 @pytest.mark.slow
-def test_bundled_predictions_are_better_than_random_before_and_after_an_epoch():
-    found = compare(from_pretrained("digits"), load_images("digits"), num_nets=20, seed=1, quiet=True)
-    assert found.untrained.low > 0
-    assert found.trained.low > 0
+def test_bundled_predictions_are_better_than_random_on_unseen_networks():
+    found = compare(from_pretrained("digits"), load_images("digits"), num_nets=20, epochs=0, seed=1, quiet=True)
+    assert found.untrained.low > 0.2
 
 
 def test_ghn2_is_judged_too(few):
