@@ -37,6 +37,7 @@ CONVERT = (
     "zoo convert {zoo} {folder} --to trials",
 )
 DENOISE = "train_denoiser.py {folder} {zoo}"
+META_TRAIN = "train_ghn.py {folder}"
 STATE = (
     "state.safetensors",  # holds Python's global random state, which the command does not use
     "lock.mdb",  # of the process that wrote
@@ -94,7 +95,9 @@ def test_killed_once_and_resumed_equals_uninterrupted(workshop, tmp_path, progra
 
 
 @pytest.mark.reliability
-@pytest.mark.parametrize("program", [RECORD, TRAIN, TRAIN_ADAMW, GENERATE, ACTORS, DENOISE, *CONVERT], ids=name_of)
+@pytest.mark.parametrize(
+    "program", [RECORD, TRAIN, TRAIN_ADAMW, GENERATE, ACTORS, DENOISE, META_TRAIN, *CONVERT], ids=name_of
+)
 @pytest.mark.parametrize("seed", range(1, 3))
 def test_killed_often_and_resumed_equals_uninterrupted(workshop, tmp_path, program, seed):
     workshop.kill(program, tmp_path, seed=seed, kills=6)
@@ -102,7 +105,11 @@ def test_killed_often_and_resumed_equals_uninterrupted(workshop, tmp_path, progr
 
 @pytest.mark.parametrize(
     ("program", "message"),
-    [(GENERATE, "stopped (interrupted); the same command goes on"), (DENOISE, "go on with --resume")],
+    [
+        (GENERATE, "stopped (interrupted); the same command goes on"),
+        (DENOISE, "go on with --resume"),
+        (META_TRAIN, "go on with --resume"),
+    ],
     ids=name_of,
 )
 def test_ctrl_c_is_one_line_and_what_was_done_is_kept(workshop, tmp_path, program, message):

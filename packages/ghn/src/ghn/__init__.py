@@ -16,10 +16,15 @@ if TYPE_CHECKING:  # what a type checker sees
     from ghn.batchnorm import use_batch_statistics as use_batch_statistics
     from ghn.checking import CheckReport as CheckReport
     from ghn.checking import check as check
+    from ghn.config import TrainConfig as TrainConfig
     from ghn.deepnets.genotypes import Genotype as Genotype
     from ghn.deepnets.network import Network as Network
+    from ghn.deepnets.sampling import Architecture as Architecture
+    from ghn.deepnets.sampling import sample as sample
+    from ghn.evaluation import compare as compare
     from ghn.graph import Graph as Graph
     from ghn.graph import GraphBatch as GraphBatch
+    from ghn.images import load_images as load_images
     from ghn.model import GHN as GHN
     from ghn.model import GHN3 as GHN3
     from ghn.models import resolve_model as resolve_model
@@ -30,10 +35,12 @@ if TYPE_CHECKING:  # what a type checker sees
     from ghn.pretrained import save_pretrained as save_pretrained
     from ghn.published import get_metadata as get_metadata
     from ghn.published import norm_check as norm_check
+    from ghn.training import train as train
     from ghn.writing import predict_to as predict_to
 
 _MODULE_OF = {
     "Accuracy": "batchnorm",
+    "Architecture": "deepnets.sampling",
     "CheckReport": "checking",
     "GHN": "model",
     "GHN1": "pretrained",
@@ -43,19 +50,24 @@ _MODULE_OF = {
     "Graph": "graph",
     "GraphBatch": "graph",
     "Network": "deepnets.network",
+    "TrainConfig": "config",
     "adjust_net": "adjust",
     "capacity": "adjust",
     "check": "checking",
+    "compare": "evaluation",
     "condition_bn": "batchnorm",
     "evaluate": "batchnorm",
     "from_pretrained": "pretrained",
     "get_metadata": "published",
+    "load_images": "images",
     "norm_check": "published",
     "num_valid_nodes": "adjust",
     "predict_to": "writing",
     "push": "pretrained",
     "resolve_model": "models",
+    "sample": "deepnets.sampling",
     "save_pretrained": "pretrained",
+    "train": "training",
     "use_batch_statistics": "batchnorm",
 }
 

@@ -69,7 +69,7 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, batch
     """Accuracy of a classifier.
 
     Args:
-        model: The network; its training mode is restored.
+        model: The network, which gives logits, alone or first in a tuple; its training mode is restored.
         loader: Batches of images and labels; published numbers with batch statistics are for batches of 64.
         batch_statistics: Whether BatchNorm layers use the statistics of each batch.
 
@@ -85,6 +85,7 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, batch
     try:
         for images, labels in loader:
             logits = model(images.to(device))
+            logits = logits[0] if isinstance(logits, tuple) else logits
             best = logits.topk(min(5, logits.shape[1])).indices == labels.to(device)[:, None]
             hits += torch.stack([best[:, 0].sum(), best.sum()])
             count += len(labels)

@@ -10,6 +10,8 @@ import tyro
 from tyro.conf import Positional
 from zoo_common.command import run_command
 
+from ghn.config import TrainConfig
+
 DESCRIPTION = """Graph hypernetworks: predict all parameters of a PyTorch model in one forward pass.
 
 MODEL is a torchvision name, timm:NAME, a genotype (DARTS, PDARTS, ViT), or module.path:callable.
@@ -21,6 +23,9 @@ Examples:
   ghn predict resnet50 -o resnet50.safetensors                   predict all weights, with the largest published GHN-3
   ghn predict resnet50 -o small.safetensors --weights ghn2_cifar10.pt --adjust cifar      for small images, 10 classes
   ghn predict my_package.models:make_net -o folder               several files, for large models
+  ghn predict DARTS -o darts.safetensors --weights digits --adjust cifar    offline: the small hypernetwork in the package
+  ghn train --data digits --out my-ghn    train a small hypernetwork; --weights my-ghn uses it
+  ghn eval --data digits --weights digits                        predicted against random weights, on unseen networks
 """
 
 
@@ -69,7 +74,7 @@ class PredictCommand:
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """A file *.safetensors; or a folder, which gets several files and an index."""
     weights: str = "ghn3xlm16.pt"
-    """The hypernetwork: a published name, a file, a folder, or owner/name on the hub."""
+    """The hypernetwork: a published name, "digits" (in the package), a file, a folder, or owner/name on the hub."""
     revision: str | None = None
     """Branch, tag or commit of the hub."""
     offline: bool = False
@@ -90,12 +95,60 @@ class PredictCommand:
     """Print one JSON object."""
 
 
+@dataclass(frozen=True)
+class TrainCommand(TrainConfig):
+    """Train a hypernetwork on sampled networks; writes it, its settings, a log and a state to resume from."""
+
+    out: Path = Path("ghn-run")
+    """Folder of the run."""
+    data_dir: Path | None = None
+    """Folder with the files of CIFAR-10."""
+    resume: bool = False
+    """Go on with a run that was stopped or killed."""
+    limit_seconds: float | None = None
+    """Stop after this time; --resume goes on."""
+    dry_run: bool = False
+    """Time a few steps and print a forecast of time and disk; writes nothing."""
+    json: bool = False
+    """Print one JSON object and no progress bar."""
+
+
+@dataclass(frozen=True)
+class EvalCommand:
+    """Accuracy of predicted networks that no training has seen, against random initialisation."""
+
+    weights: str = "digits"
+    """The hypernetwork: "digits" (in the package), a folder of ghn train, a file, or a published name."""
+    data: Literal["digits", "cifar10"] = "digits"
+    """Images for training and test."""
+    data_dir: Path | None = None
+    """Folder with the files of CIFAR-10."""
+    nets: Literal["small", "deepnets"] = "small"
+    """Networks: small ones, or new ones by the rules of DeepNets-1M."""
+    num_nets: int = 24
+    """How many."""
+    epochs: int = 1
+    """Epochs of SGD from both initialisations."""
+    lr: float = 0.03
+    """Learning rate of SGD."""
+    png: Path | None = None
+    """Picture to write."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    seed: int = 0
+    """Draws networks, initial weights and the order of images."""
+    json: bool = False
+    """Print one JSON object and no progress bar."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     commands: dict[str, tuple[type, Callable[[Any], int | None]]] = {
         "check": (CheckCommand, _later("check")),
         "graph": (GraphCommand, _later("graph")),
         "predict": (PredictCommand, _later("predict")),
+        "train": (TrainCommand, _later("train")),
+        "eval": (EvalCommand, _later("evaluate")),
     }
     return run_command("ghn", DESCRIPTION, commands, argv)
 

@@ -4,13 +4,19 @@ import dataclasses
 import json
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from ghn import training
 from ghn.adjust import adjust_net
 from ghn.checking import check as check_model
-from ghn.cli import CheckCommand, GraphCommand, PredictCommand
+from ghn.cli import CheckCommand, EvalCommand, GraphCommand, PredictCommand, TrainCommand
+from ghn.config import TrainConfig
+from ghn.evaluation import Comparison, compare, draw_comparison
 from ghn.graph import Graph
+from ghn.images import load_images
 from ghn.models import resolve_model
 from ghn.pretrained import from_pretrained
 from ghn.writing import predict_to
@@ -87,6 +93,70 @@ def predict(command: PredictCommand) -> None:
     if written.kept:
         shown = ", ".join(written.kept[:5]) + (", ..." if len(written.kept) > 5 else "")
         print(f"{len(written.kept)} tensors keep their initial values: {shown}", file=sys.stderr)
+
+
+def train(command: TrainCommand) -> int:
+    """Train a hypernetwork; 130 if Ctrl-C stopped it."""
+    config = TrainConfig(**{field.name: getattr(command, field.name) for field in dataclasses.fields(TrainConfig)})
+    if command.dry_run:
+        _show(dataclasses.asdict(training.forecast(config, data_dir=command.data_dir)), command.json)
+        return 0
+    report = training.train(
+        config,
+        command.out,
+        resume=command.resume,
+        data_dir=command.data_dir,
+        limit_seconds=command.limit_seconds,
+        quiet=command.json,
+    )
+    shown = {**dataclasses.asdict(report), "folder": str(report.folder), "finished": report.finished}
+    _show(shown, command.json)
+    if not report.finished:
+        print(f"stopped at step {report.step} of {report.steps}; go on with --resume", file=sys.stderr)
+    return 130 if report.interrupted else 0
+
+
+def evaluate(command: EvalCommand) -> None:
+    """Compare predicted with random weights."""
+    if command.png is not None and not command.png.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--png {command.png}: the folder {command.png.absolute().parent} does not exist")
+    ghn = from_pretrained(command.weights).to(training.choose_device(command.device))
+    found = compare(
+        ghn,
+        load_images(command.data, command.data_dir),
+        num_nets=command.num_nets,
+        small=command.nets == "small",
+        epochs=command.epochs,
+        lr=command.lr,
+        seed=command.seed,
+        quiet=command.json,
+    )
+    if command.png is not None:
+        draw_comparison(found, command.png)
+    if command.json:
+        sums = {"means": found.means(), "untrained": vars(found.untrained), "trained": vars(found.trained)}
+        print(json.dumps({"networks": [dataclasses.asdict(one) for one in found.networks], **sums}))
+    else:
+        _print_table(found, command.epochs)
+
+
+def _print_table(found: Comparison, epochs: int) -> None:
+    """Accuracies of all networks, their means, and the intervals."""
+    later = f"after {epochs} epoch" + ("s" if epochs != 1 else "")
+    print(f"{'':>9}{'':>12}{'as initialised':^22}{later:^22}")
+    print(f"{'network':>9}{'parameters':>12}" + f"{'random':>11}{'predicted':>11}" * 2)
+    for one in found.networks:
+        values = (one.random, one.predicted, one.random_trained, one.predicted_trained)
+        print(f"{one.index:>9}{one.parameters:>12,}" + "".join(f"{value:>11.3f}" for value in values))
+    print(f"{'mean':>9}{'':>12}" + "".join(f"{value:>11.3f}" for value in found.means().values()))
+    for name, gain in (("as initialised", found.untrained), (later, found.trained)):
+        print(f"predicted - random, {name}: {gain.mean:+.3f} (95 % interval {gain.low:+.3f} to {gain.high:+.3f})")
+
+
+def _show(report: dict[str, Any], as_json: bool) -> None:
+    """Print a report: one JSON object, or one line for each entry."""
+    shown = {key: str(value) if isinstance(value, Path) else value for key, value in report.items()}
+    print(json.dumps(shown) if as_json else "\n".join(f"{key}: {value}" for key, value in shown.items()))
 
 
 def _empty(shape: tuple[int, ...] | None) -> torch.Tensor | None:

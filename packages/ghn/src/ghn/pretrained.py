@@ -22,6 +22,9 @@ PPUDA_FILES = ("ghn2_cifar10.pt", "ghn2_imagenet.pt", "ghn1_cifar10.pt", "ghn1_i
 FILE = "ghn.safetensors"
 """Name of our own files, in folders and on the hub."""
 
+BUNDLED = {"digits": Path(__file__).parent / "weights" / "digits.safetensors"}
+"""Files that come with the package."""
+
 _TABLES = ("centrality_embed_in", "centrality_embed_out", "input_dist_embed")
 
 
@@ -37,7 +40,8 @@ def from_pretrained(
     Args:
         name: A file here (ours, or any ``.pt`` or joblib file of the published kinds); a folder of
             :func:`save_pretrained`; a published name (``ghn3tm8.pt``, ``ghn2_cifar10.pt``, ``other/...``); or a
-            repository ``owner/name`` or ``owner/name@revision`` with a file of ours. What is here comes first.
+            repository ``owner/name`` or ``owner/name@revision`` with a file of ours. What is here comes first, and
+            before it ``digits``: a small hypernetwork in this package, trained on small networks and digits.
         revision: Branch, tag or commit of the hub; default: ``main``.
         offline: Use what has been downloaded before.
         overrides: Constructor arguments that differ from those in the file, or that it does not tell.
@@ -136,6 +140,8 @@ def infer_config(path: Path, state: Mapping[str, Tensor], bare: bool = True) -> 
 
 
 def _find(name: str, revision: str | None, offline: bool) -> Path:
+    if name in BUNDLED:
+        return BUNDLED[name]
     path = Path(name)
     if path.is_dir():
         if not (path / FILE).is_file():
@@ -150,7 +156,7 @@ def _find(name: str, revision: str | None, offline: bool) -> Path:
         return _download(file, offline)
     if "/" in name and path.suffix not in (".pt", ".safetensors"):
         return fetch_file(name, FILE, revision=revision, offline=offline)
-    known = ", ".join((*HUB_FILES, *PPUDA_FILES))
+    known = ", ".join((*BUNDLED, *HUB_FILES, *PPUDA_FILES))
     raise FileNotFoundError(f"there is no file {name}, and no published hypernetwork of this name; there are {known}")
 
 

@@ -215,7 +215,7 @@ class Network(nn.Module):
             s0 = s1 = self.pos_enc(self.stem0(x))
         elif self._two_stems:
             s0 = self.stem0(x)
-            s1 = self.stem1(s0)
+            s1 = _apply(self.stem1, s0)
         else:
             s0 = s1 = self.stem(x)
         auxiliary = None

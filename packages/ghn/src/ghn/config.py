@@ -1,0 +1,108 @@
+"""Settings of a meta-training, as the command line, a run's ``config.yaml`` and Python know them."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Which hypernetwork is trained, on which networks and images, and how."""
+
+    data: Literal["digits", "cifar10"] = "digits"
+    """Images: scikit-learn's digits, or CIFAR-10 (needs the folder of its files)."""
+    nets: Literal["small", "deepnets"] = "small"
+    """Networks to train on: 3 or 4 cells of few channels, for laptops; or those of DeepNets-1M."""
+    num_nets: int = 1000
+    """How many different networks (DeepNets-1M: 1000000)."""
+    hypernet: Literal["ghn3", "ghn2"] = "ghn3"
+    """Kind of hypernetwork."""
+    hid: int = 32
+    """Width of node embeddings."""
+    layers: int = 2
+    """Layers of the GHN-3."""
+    heads: int = 8
+    """Attention heads of GHN-3."""
+    max_shape: tuple[int, int, int, int] = (32, 32, 5, 5)
+    """Largest tensor that is decoded; larger ones repeat it."""
+    epochs: int = 40
+    """Passes over the training images."""
+    meta_batch: int = 4
+    """Networks per update."""
+    batch_size: int = 32
+    """Images per update."""
+    lr: float = 3e-3
+    """Highest learning rate of AdamW, reached after the warm-up; then it falls along a cosine."""
+    warmup_epochs: int = 2
+    """Length of the warm-up (published: 5)."""
+    weight_decay: float = 1e-2
+    """Of AdamW, on the hypernetwork."""
+    predparam_wd: float = 3e-5
+    """Weight of the norms of all predicted tensors in the loss."""
+    grad_clip: float = 5.0
+    """Largest norm of the gradient."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the forward passes; the decoders stay in fp32."""
+    compile: bool = False
+    """Compile the node network of the hypernetwork, for large ones on CUDA."""
+    save_every: int = 100
+    """Updates between two saved states."""
+    log_every: int = 20
+    """Updates between two lines of metrics."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    seed: int = 0
+    """Seed of everything; two trainings with one seed see the same networks and images."""
+
+    def check(self) -> None:
+        """Refuse what cannot be trained.
+
+        Raises:
+            ValueError: A setting is out of range.
+        """
+        for name in ("num_nets", "epochs", "meta_batch", "warmup_epochs", "batch_size", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if self.num_nets < self.meta_batch:
+            raise ValueError(f"num_nets ({self.num_nets}) must not be smaller than meta_batch ({self.meta_batch})")
+
+    def ghn_config(self) -> dict[str, Any]:
+        """Arguments of :func:`ghn.model.build`."""
+        is_graphormer = self.hypernet == "ghn3"
+        return {
+            "max_shape": list(self.max_shape),
+            "num_classes": 10,
+            "hypernet": "graphormer" if is_graphormer else "gatedgnn",
+            "decoder": "conv",
+            "weight_norm": True,
+            "ve": True,
+            "layernorm": True,
+            "hid": self.hid,
+            "heads": self.heads,
+            "layers": self.layers,
+            "dialect": "ghn3" if is_graphormer else "ppuda",
+            "rank": 0,
+        }
+
+    def to_yaml(self) -> str:
+        """Text of a ``config.yaml``."""
+        return yaml.safe_dump({**dataclasses.asdict(self), "max_shape": list(self.max_shape)}, sort_keys=False)
+
+
+def read_config(path: Path) -> TrainConfig:
+    """Read a ``config.yaml``.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged, or has other settings than there are.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+        return TrainConfig(**{**values, "max_shape": tuple(values["max_shape"])})
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no configuration of a meta-training: {error}") from error

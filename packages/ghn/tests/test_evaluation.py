@@ -1,0 +1,93 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import ghn
+import pytest
+import torch
+from ghn import compare, from_pretrained, load_images
+from ghn.cli import main
+from ghn.config import TrainConfig
+from ghn.evaluation import difference
+from ghn.model import build
+from scipy.stats import ttest_1samp
+from zoo_common.checkpoint import load_checkpoint
+from zoo_common.datasets import Part, Splits
+
+BUNDLED = Path(ghn.__file__).parent / "weights" / "digits.safetensors"
+
+
+@pytest.fixture(scope="module")
+def few():
+    """A tenth of the digits."""
+    return Splits(*(Part(part.images[:100], part.labels[:100]) for part in load_images("digits")))
+
+
+class Unchanged(torch.nn.Module):
+    """A hypernetwork that leaves networks as they are."""
+
+    dialect, device = "ghn3", torch.device("cpu")
+
+    def forward(self, net, graph, **options):
+        return net
+
+
+def test_both_networks_are_trained_in_the_same_way(few):
+    """Where prediction changes nothing, all differences are exactly zero."""
+    found = compare(Unchanged(), few, num_nets=3, quiet=True)
+    assert all(one.random == one.predicted for one in found.networks)
+    assert all(one.random_trained == one.predicted_trained for one in found.networks)
+    assert any(one.random != one.random_trained for one in found.networks)
+    assert found.trained == difference([0, 0, 0])
+
+
+def test_the_interval_is_that_of_student():
+    values = [0.1, 0.4, -0.2, 0.3, 0.25]
+    found, expected = difference(values), ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_one_network_gives_no_interval(few):
+    with pytest.raises(ValueError, match="at least 2 networks, got 1"):
+        compare(Unchanged(), few, num_nets=1)
+
+
+def test_the_bundled_hypernetwork_is_small_and_comes_with_its_recipe():
+    assert BUNDLED.stat().st_size <= 2_000_000
+    metadata = load_checkpoint(BUNDLED).metadata
+    assert metadata["training"] == json.loads(json.dumps(dataclasses.asdict(TrainConfig())))
+    assert from_pretrained("digits").config == metadata["ghn"] == TrainConfig().ghn_config()
+
+
+def test_bundled_predictions_recognise_digits(few):
+    found = compare(from_pretrained("digits"), few, num_nets=4, epochs=0, quiet=True)
+    assert found.means()["predicted"] > found.means()["random"] + 0.1
+
+
+@pytest.mark.slow
+def test_bundled_predictions_are_better_than_random_on_unseen_networks():
+    found = compare(from_pretrained("digits"), load_images("digits"), num_nets=20, epochs=0, seed=1, quiet=True)
+    assert found.untrained.low > 0.2
+
+
+def test_ghn2_is_judged_too(few):
+    config = dataclasses.replace(TrainConfig(), hypernet="ghn2", hid=8, max_shape=(4, 4, 3, 3)).ghn_config()
+    found = compare(build(config).eval(), few, num_nets=2, epochs=0, quiet=True)
+    assert all(0 <= one.predicted <= 1 for one in found.networks)
+
+
+def test_the_command_prints_a_table_or_json_and_draws(tmp_path, capsys):
+    options = ["eval", "--num-nets", "2", "--epochs", "0", "--device", "cpu"]
+    assert main([*options, "--png", str(tmp_path / "eval.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7 and "95 % interval" in lines[-1]
+    assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["networks"]) == 2 and found["untrained"]["low"] <= found["untrained"]["mean"]
+
+
+def test_weights_that_do_not_exist_are_one_line(capsys):
+    assert main(["eval", "--weights", "digitz"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "there is no file digitz" in line and "there are digits," in line

@@ -1,0 +1,193 @@
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from ghn import Graph, from_pretrained
+from ghn.cli import main
+from ghn.config import TrainConfig, read_config
+from ghn.deepnets import Genotype
+from ghn.deepnets.sampling import Architecture, Sample
+from ghn.images import augmented, load_images
+from ghn.model import GHN
+from ghn.training import STATE, Training, cosine_warmup, forecast, judge, train
+from support.golden import assert_close, fill
+from support.reliability import assert_same_files, flip_bit
+from torch import nn
+
+TINY = TrainConfig(
+    num_nets=3, hid=8, layers=1, heads=2, max_shape=(4, 4, 3, 3), epochs=1, meta_batch=2, batch_size=200, warmup_epochs=1,
+    log_every=1, save_every=2, device="cpu",
+)  # fmt: skip
+
+
+@pytest.mark.golden("deepnets_training.json")
+@pytest.mark.parametrize("kind", ["ghn1", "ghn2", "mlp"])
+def test_a_meta_training_step_is_the_published_one(golden, kind):
+    case, stored = golden.document[f"{kind}_step"], golden.path.parent / "deepnets_sample/deepnets1m_train_meta.json"
+    records = json.loads(stored.read_text())["train"]["nets"]
+    ghn = _filled(GHN(**case["config"]))
+    samples = []
+    for i in case["nets"]:
+        fields = {field.name for field in dataclasses.fields(Architecture)}
+        known = {key: value for key, value in records[i].items() if key in fields}
+        known |= {
+            "genotype": Genotype.from_json(records[i]["genotype"]),
+            "C": case["net_C"],
+            "fc_dim": case["net_fc_dim"],
+        }
+        net = Architecture(**known)
+        samples.append(Sample(net, Graph(net.build_empty(device="meta", keys="ghn2"), dialect="ppuda")))
+    means = judge(samples, ghn, fill("images", (8, 3, 32, 32)), torch.arange(8))
+    assert_close(means.loss, case["loss"], what="loss")
+    assert_close(means.accuracy, case["top1"] / 100, what="accuracy")
+    means.loss.backward()
+    norm = nn.utils.clip_grad_norm_(ghn.parameters(), 5.0)
+    assert_close(norm, case["grad_norm_before_clip"], "ghn/gradients", "gradient")
+    # Published in float32, where a ReLU can flip: in float64 our MLP's gradient stays 3e-4 away, in norm.
+    for name, (_, norm, first) in case["grads_after_clip"].items():
+        grad = ghn.get_parameter(name).grad
+        assert abs(grad.norm().item() - norm) <= 2e-3 * norm + 1e-6, name
+        assert grad.flatten()[: len(first)].tolist() == pytest.approx(first, rel=1e-3, abs=2e-3 * norm + 1e-6), name
+
+
+@pytest.mark.golden("deepnets_training.json")
+def test_learning_rates_are_the_published_ones(golden):
+    checked = 0
+    for name, expected in golden.document["lr_per_epoch"].items():
+        kind, *options = name.split("|")
+        if kind.startswith("cosine-warmup"):
+            given = dict(option.split("=") for option in options if "=" in option)
+            words = {"warmup": int(_after(kind, "-steps", "5")), "first_lr": float(_after(kind, "-init_lr", "1e-5"))}
+            epochs, lr = int(given["epochs"]), float(given["lr"])
+            rates = [cosine_warmup(epoch, epochs, lr, **words) for epoch in range(len(expected))]
+            assert_close(torch.tensor(rates, dtype=torch.float64), expected, "float32", name)
+            checked += 1
+    assert checked
+
+
+def test_a_run_writes_a_hypernetwork_that_loads(tmp_path):
+    report = train(TINY, tmp_path / "run", quiet=True)
+    assert report.finished and report.step == 5 and report.skipped == 0 and math.isfinite(report.loss)
+    ghn = from_pretrained(tmp_path / "run")
+    assert ghn.config == TINY.ghn_config()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert read_config(tmp_path / "run/config.yaml") == TINY
+
+
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path):
+    train(TINY, tmp_path / "whole", quiet=True)
+    parts = [train(TINY, tmp_path / "parts", resume=i > 0, limit_seconds=0, quiet=True) for i in range(5)]
+    assert [part.step for part in parts] == [1, 2, 3, 4, 5]
+    assert_same_files(tmp_path / "parts", tmp_path / "whole", except_for=[STATE])
+
+
+@pytest.mark.parametrize("hypernet", ["ghn3", "ghn2"])
+def test_one_meta_batch_is_learned(hypernet):
+    """The loss on the same networks falls, so gradients reach the hypernetwork through them."""
+    config = dataclasses.replace(TINY, hypernet=hypernet, num_nets=2, epochs=4, lr=0.01, batch_size=100)
+    run = Training(config)
+    losses = []
+    for _ in range(30):
+        run.advance()
+        losses.append(run.sums[0].item())
+        run.sums.zero_()
+    assert sum(losses[-8:]) < sum(losses[:8]) - 0.4
+
+
+def test_updates_that_are_not_finite_are_left_out_and_counted(monkeypatch):
+    run = Training(TINY)
+    before = {name: value.clone() for name, value in run.ghn.state_dict().items()}
+    monkeypatch.setattr("ghn.training.judge", lambda *given: judge(*given)._replace(loss=_nan(given[1])))
+    run.advance()
+    assert (run.step, run.skipped) == (1, 1)
+    assert all(torch.equal(value, before[name]) for name, value in run.ghn.state_dict().items())
+    run.skipped = 10
+    with pytest.raises(ValueError, match=r"not finite in 11 updates.*lower lr \(0.003\)"):
+        run.advance()
+
+
+def test_bf16_and_a_forecast():
+    found = forecast(dataclasses.replace(TINY, precision="bf16"), timed_steps=1)
+    assert found.steps == 5 and found.seconds > 0 and found.state_bytes == 16 * found.parameters
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        train(TINY, tmp_path / "run", resume=True, quiet=True)
+    train(TINY, tmp_path / "run", limit_seconds=0, quiet=True)
+    with pytest.raises(FileExistsError, match="already holds a run; use --resume"):
+        train(TINY, tmp_path / "run", quiet=True)
+    with pytest.raises(ValueError, match=r"lr \(0.003 there, 0.1 given\)"):
+        train(dataclasses.replace(TINY, lr=0.1), tmp_path / "run", resume=True, quiet=True)
+    flip_bit(tmp_path / "run" / STATE)
+    with pytest.raises(ValueError, match=STATE):
+        train(TINY, tmp_path / "run", resume=True, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--meta-batch", "0"], "meta_batch must be at least 1, got 0"),
+        (["--num-nets", "2"], "num_nets (2) must not be smaller than meta_batch (4)"),
+        (["--batch-size", "2000"], "batch_size is 2000, there are 1000 training images"),
+        (["--data", "cifar10"], "CIFAR-10: no data folder given"),
+        (["--data", "cifar10", "--data-dir", "absent"], "there is no folder"),
+    ],
+)
+def test_bad_settings_are_one_line(tmp_path, capsys, arguments, message):
+    assert main(["train", "--out", str(tmp_path / "run"), *arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_prints_a_forecast_and_a_report(tmp_path, capsys):
+    options = ["--num-nets", "3", "--hid", "8", "--heads", "2", "--layers", "1", "--max-shape", "4", "4", "3", "3"]
+    options += ["--meta-batch", "2", "--batch-size", "500", "--epochs", "1", "--json", "--device", "cpu"]
+    assert main(["train", "--out", str(tmp_path / "run"), *options, "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 2
+    assert not (tmp_path / "run").exists()
+    assert main(["train", "--out", str(tmp_path / "run"), *options]) == 0
+    assert json.loads(capsys.readouterr().out)["finished"]
+
+
+def test_digits_are_enlarged_and_repeated():
+    images = load_images("digits").train.images
+    assert images.shape == (1000, 3, 32, 32)
+    assert torch.equal(images[:, 0], images[:, 2])
+    assert images.mean().abs() < 0.01
+
+
+def test_augmented_images_are_shifted_or_mirrored_ones():
+    images = torch.arange(1, 33).expand(256, 2, 32, 32).float()  # the value of a pixel is its column, from 1
+    found = augmented(images, torch.Generator().manual_seed(0))
+    seen = set()
+    for row in found[:, 0, 16].tolist():
+        steps = {b - a for a, b in itertools.pairwise(row) if a and b}
+        assert len(steps) == 1 and row.count(0) <= 4
+        seen.add((steps.pop(), row.index(16)))
+    assert len(seen) == 18
+
+
+def _after(text, marker, default):
+    return text.partition(marker)[2].partition("-init")[0] or default if marker in text else default
+
+
+def _nan(ghn):
+    return torch.nan * sum(parameter.sum() for parameter in ghn.parameters())
+
+
+def _filled(ghn):
+    """Weights by the recipe of the golden training steps."""
+    for name, value in ghn.state_dict().items():
+        if value.ndim > 1:
+            values = fill(name, tuple(value.shape), (value.shape[-1] if "embed" in name else value[0].numel()) ** -0.5)
+        else:
+            is_scale = name.endswith("weight") and isinstance(ghn.get_submodule(name.rpartition(".")[0]), nn.LayerNorm)
+            values = fill(name, tuple(value.shape), 0.1) + float(is_scale)
+        value.copy_(values)
+    return ghn.train()
