@@ -143,7 +143,9 @@ def test_a_merge_killed_at_a_random_moment_is_run_again(tmp_path, workers, kind,
     workers.wait_for_one()
     duration = time.perf_counter() - started
     rng, partial = np.random.default_rng(kills), 0
-    for i in range(kills):
+    for i in range(3 * kills):  # more of them only if chance, or a busy machine, has let every merge end
+        if i >= kills and partial:
+            break
         target = tmp_path / f"merged-{i}"
         pid = workers.start(kind, target, *sources)
         wait_for(target)

@@ -53,6 +53,8 @@ def adjust_net(net: Net, large_input: bool = False) -> Net:
             net.maxpool1 = nn.Identity()
         case models.ConvNeXt():
             net.features[0][0].stride = (1, 1)
+        case _ if getattr(net, "expected_input_sz", None) == 32:
+            pass  # made for them
         case _:
             warnings.warn(f"{type(net).__name__} has no adjustment to 32 x 32 images and stays as it is", stacklevel=2)
     return net
