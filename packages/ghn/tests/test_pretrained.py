@@ -188,7 +188,9 @@ def test_files_that_are_wrong_are_named(kind, match, write, tmp_path, capsys):
 
 
 def test_wrong_names_folders_and_settings_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file ghn4\.pt, .* there are digits, ghn3xlm16\.pt, .*ghn2_cifar10\.pt"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no file ghn4\.pt, .* there are digits, ghn3xlm16\.pt, .*ghn2_cifar10\.pt"
+    ):
         from_pretrained("ghn4.pt", offline=True)
     with pytest.raises(FileNotFoundError, match=r"is a folder without ghn\.safetensors: give a file"):
         from_pretrained(tmp_path)

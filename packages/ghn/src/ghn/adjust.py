@@ -23,6 +23,7 @@ def adjust_net(net: Net, large_input: bool = False) -> Net:
     Returns:
         The same model, with ``expected_input_sz`` set to 32 or 224.
     """
+    fits = getattr(net, "expected_input_sz", None) == 32
     net.expected_input_sz = 224 if large_input else 32  # type: ignore[assignment]
     if large_input:
         return net
@@ -53,8 +54,8 @@ def adjust_net(net: Net, large_input: bool = False) -> Net:
             net.maxpool1 = nn.Identity()
         case models.ConvNeXt():
             net.features[0][0].stride = (1, 1)
-        case _ if getattr(net, "expected_input_sz", None) == 32:
-            pass  # made for them
+        case _ if fits:
+            pass  # made for them, as DeepNets networks may be
         case _:
             warnings.warn(f"{type(net).__name__} has no adjustment to 32 x 32 images and stays as it is", stacklevel=2)
     return net
