@@ -64,9 +64,8 @@ class TokenProjections(nn.ModuleList):
         """
         weights = [[layer.weight for layer in self[k].children() if isinstance(layer, nn.Linear)] for k in tokens]
         groups: dict[object, list[int]] = {}
-        alone = (
-            torch.is_grad_enabled() and len(weights) > 0 and weights[0][0].device.type == "cpu"
-        )  # stacking costs more there
+        # while a CPU trains, stacking costs more than it saves
+        alone = torch.is_grad_enabled() and len(weights) > 0 and weights[0][0].device.type == "cpu"
         for i, layers in enumerate(weights):
             groups.setdefault(i if alone else tuple(w.shape for w in layers), []).append(i)
         single = {members[0]: weights[members[0]] for members in groups.values() if len(members) == 1}
