@@ -8,6 +8,7 @@ bootstrap over the networks. ``inside`` says whether the mean lies in the interv
 """
 
 import argparse
+import itertools
 import json
 import time
 from dataclasses import replace
@@ -43,7 +44,8 @@ def rows(
     before = measure(starts)
     flow = pretrained.config.train.objective == "flow"
     found: dict[str, dict[str, object]] = {}
-    for sampler, steps in [*([] if flow else [("ddpm", counts[0])]), *(("ddim", count) for count in counts)]:
+    samplers = ["ddim"] if flow else ["ddim", "dpm++"]
+    for sampler, steps in [*([] if flow else [("ddpm", counts[0])]), *itertools.product(samplers, counts)]:
         sampling = replace(pretrained.config.sampling, sampler=sampler, steps=steps)
         model = replace(pretrained, config=replace(pretrained.config, sampling=sampling))
         began = time.perf_counter()

@@ -293,6 +293,8 @@ def test_betas_between_two_values():
         (lambda: Schedule(np.array([0.1, 1.5])), r"betas must be .*\(0, 1\]"),
         (lambda: space_timesteps(10, "4,20"), "section 1 has 5 of 10 steps, cannot keep 20"),
         (lambda: space_timesteps(10, "ddimx"), "'x' is not a positive number"),
+        (lambda: Diffusion(respacing="snr0"), "'0' is not a positive number"),
+        (lambda: Diffusion(respacing="snr1001"), "cannot keep 1001 of 1000 steps"),
         (lambda: space_timesteps(10, "3,"), "'' is not a positive number"),
         (lambda: space_timesteps(10, []), "at least one section"),
         (
@@ -309,6 +311,16 @@ def test_betas_between_two_values():
 def test_bad_settings_are_named(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+@pytest.mark.parametrize("count", [1, 2, 20, 50, 500, 999, 1000])
+def test_steps_even_in_log_snr_are_distinct_and_even_where_there_are_enough(count):
+    kept = Diffusion(respacing=f"snr{count}").timestep_map
+    assert len(set(kept)) == count and kept == sorted(kept) and kept[-1] == 999 and kept[0] in (0, 999)
+    if count == 20:
+        abar = Diffusion().schedule.alphas_cumprod[kept]
+        distances = -np.diff(np.log(abar / (1 - abar)))
+        assert np.ptp(distances[4:]) < 0.15 * distances.mean()
 
 
 def test_linear_schedule_needs_no_more_than_20_steps():

@@ -84,7 +84,7 @@ def test_ddim_with_all_steps_and_eta_0_does_not_depend_on_any_generator_after_th
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5)])
+@pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("dpm++", 0.0)])
 def test_result_does_not_depend_on_the_batch_size(model, sampler, eta):
     runs = [
         sample(
@@ -102,36 +102,64 @@ def test_result_does_not_depend_on_the_batch_size(model, sampler, eta):
         torch.testing.assert_close(run, runs[0], rtol=0, atol=1e-12)
 
 
+MEAN, STD = 0.7, 0.3
+
+
+class Gaussian:
+    """The best denoiser of x_0 ~ N(MEAN, STD^2)."""
+
+    alphas_cumprod = torch.from_numpy(Diffusion().schedule.alphas_cumprod)
+
+    def condition(self, loss_target, loss_prev, x_prev):
+        def denoise(x, t):
+            abar = self.alphas_cumprod[t][:, None]
+            gain = abar.sqrt() * STD**2 / (abar * STD**2 + 1 - abar)
+            return MEAN + gain * (x - abar.sqrt() * MEAN)
+
+        return denoise
+
+
+def of_gaussian(process, n=2000, **kwargs):
+    zeros = torch.zeros(n)
+    start = torch.zeros(n, 4, dtype=torch.float64)
+    return sample(Gaussian(), process, start=start, prompt=zeros, start_metric=zeros, **kwargs)
+
+
 def test_ancestral_sampling_of_a_perfect_denoiser_of_a_gaussian_gives_its_moments():
     """For x_0 ~ N(m, s^2) the best prediction is known, and the samples must have mean m and deviation s."""
-    mean, std, process = 0.7, 0.3, Diffusion()
+    for sampler, eta in (("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0), ("dpm++", 0.0)):
+        out = of_gaussian(Diffusion(), sampler=sampler, eta=eta, generator=torch.Generator().manual_seed(0))
+        assert abs(out.mean().item() - MEAN) < 4 * STD / 8000**0.5  # four standard errors
+        assert abs(out.std().item() - STD) < 4 * STD / 16000**0.5
 
-    class Gaussian:
-        def condition(self, loss_target, loss_prev, x_prev):
-            def denoise(x, t):
-                abar = torch.from_numpy(process.schedule.alphas_cumprod)[t][:, None]
-                gain = abar.sqrt() * std**2 / (abar * std**2 + 1 - abar)
-                return mean + gain * (x - abar.sqrt() * mean)
 
-            return denoise
-
-    n = 2000
-    start = torch.zeros(n, 4, dtype=torch.float64)
-    zeros = torch.zeros(n)
-    for sampler, eta in (("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0)):
-        generator = torch.Generator().manual_seed(0)
-        out = sample(
-            Gaussian(),
-            process,
-            start=start,
-            prompt=zeros,
-            start_metric=zeros,
-            sampler=sampler,
-            eta=eta,
-            generator=generator,
+def test_dpm_solver_is_of_second_order():
+    """With a Gaussian the end of a path is known: each number keeps its quantile."""
+    noise = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    abar = Gaussian.alphas_cumprod[-1]
+    exact = MEAN + STD * (noise - abar.sqrt() * MEAN) / (abar * STD**2 + 1 - abar).sqrt()
+    errors = {
+        (sampler, steps): (
+            of_gaussian(Diffusion(respacing=f"snr{steps}"), 50, sampler=sampler, noise=[noise] * (steps + 1)) - exact
         )
-        assert abs(out.mean().item() - mean) < 4 * std / 8000**0.5  # four standard errors
-        assert abs(out.std().item() - std) < 4 * std / 16000**0.5
+        .abs()
+        .max()
+        .item()
+        for sampler in ("ddim", "dpm++")
+        for steps in (20, 80)
+    }
+    assert 3.5 < errors["ddim", 20] / errors["ddim", 80] < 4.5
+    assert errors["dpm++", 20] / errors["dpm++", 80] > 10
+    assert errors["ddim", 20] / errors["dpm++", 20] > 5
+
+
+def test_the_first_step_of_dpm_solver_and_its_last_are_those_of_ddim(model):
+    of_two = Diffusion(respacing="snr2")
+    runs = [
+        sample(model, of_two, **conditions(), sampler=sampler, generator=torch.Generator().manual_seed(0))
+        for sampler in ("ddim", "dpm++")
+    ]
+    assert torch.equal(*runs)
 
 
 def test_clip_bounds_the_result_and_progress_counts_the_steps(model):
@@ -151,7 +179,7 @@ def test_clip_bounds_the_result_and_progress_counts_the_steps(model):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"sampler": "euler"}, "sampler 'euler' is unknown; use ddpm or ddim"),
+        ({"sampler": "euler"}, "sampler 'euler' is unknown; use ddpm, ddim or dpm\\+\\+"),
         ({"prompt": torch.ones(3)}, r"prompt: expected \(5,\), one per start, got \(3,\)"),
         ({"start_metric": torch.ones(5, 1)}, r"start_metric: expected \(5,\), one per start, got \(5, 1\)"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),

@@ -126,7 +126,8 @@ class OptimConfig:
 class SamplingConfig:
     """How networks are sampled."""
 
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm"
+    """dpm++ (DPM-Solver++(2M), ours): as good as ddim with fewer steps, which are spread evenly in log(signal / noise)."""
     steps: int = 1000
     """Denoising steps, at most 1000."""
     thresholding: Literal["none", "static"] = "none"
@@ -291,7 +292,7 @@ _DIGITS_LOSS: dict[str, Any] = {
         "behaviour_weight": 0.3,
         "checkpoint_steps": 500,
     },
-    "sampling": {"sampler": "ddim", "steps": 20},
+    "sampling": {"sampler": "dpm++", "steps": 20},
     "vis": {"num_nets_per_gpu": 32, "freq": 0},
 }
 

@@ -202,7 +202,8 @@ def make_diffusion(config: Config, kept_steps: int = 1000) -> Diffusion | Flow:
     if config.train.objective == "flow":
         return Flow(kept_steps)
     mean_type = ModelMeanType.START_X if config.transformer.predict_xstart else ModelMeanType.EPSILON
-    return Diffusion(respacing=[kept_steps] if kept_steps < 1000 else "", mean_type=mean_type)
+    even = f"snr{kept_steps}" if config.sampling.sampler == "dpm++" else [kept_steps]
+    return Diffusion(respacing=even if kept_steps < 1000 else "", mean_type=mean_type)
 
 
 def load_pretrained(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpt_diffusion.diffusion.respacing import respaced_betas, space_timesteps
+from gpt_diffusion.diffusion.respacing import even_in_log_snr, respaced_betas, space_timesteps, step_count
 from gpt_diffusion.diffusion.schedule import Schedule, named_betas
 
 Denoise = Callable[[Tensor, Tensor], Any]
@@ -100,7 +100,8 @@ class Diffusion:
     Args:
         noise_schedule: ``linear`` or ``squaredcos_cap_v2``.
         steps: T of the original process.
-        respacing: Steps to keep, see :func:`~gpt_diffusion.diffusion.space_timesteps`; all if empty.
+        respacing: Steps to keep, see :func:`~gpt_diffusion.diffusion.space_timesteps`; all if empty. ``"snrN"``: N steps at
+            equal distances in log(signal / noise).
         mean_type: What the model predicts.
         var_type: Variance of the reverse process.
         loss_type: Training objective.
@@ -121,7 +122,11 @@ class Diffusion:
     ) -> None:
         """Compute the constants of the steps that are kept."""
         original = Schedule(named_betas(noise_schedule, steps))
-        self.timestep_map = sorted(space_timesteps(steps, respacing or [steps]))
+        if isinstance(respacing, str) and respacing.startswith("snr"):
+            count = step_count(respacing.removeprefix("snr"), respacing, steps)
+            self.timestep_map = even_in_log_snr(original.alphas_cumprod, count)
+        else:
+            self.timestep_map = sorted(space_timesteps(steps, respacing or [steps]))
         self.schedule = Schedule(respaced_betas(original.alphas_cumprod, self.timestep_map))
         self.mean_type = mean_type
         self.var_type = var_type
@@ -308,6 +313,34 @@ class Diffusion:
                 raise ValueError(f"DDIM with eta {eta} needs noise")
             sample = sample + sigma * noise  # sigma is 0 at t = 0, where abar_{t-1} = 1
         return Step(sample, p.pred_xstart)
+
+    def dpm_sample(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        t: Tensor,
+        last: Tensor | None = None,
+        *,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+    ) -> Step:
+        """One step of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): DDIM towards an x_0 extrapolated from the last step's.
+
+        Args:
+            denoise: See :meth:`p_sample`, like the other arguments.
+            x: x_t (n, d).
+            t: Steps (n,).
+            last: Predicted x_0 of the step before, t + 1; without it the step is one of DDIM.
+            clip_denoised: See :meth:`p_mean_variance`.
+            denoised_fn: See :meth:`p_mean_variance`.
+
+        Returns:
+            x_{t-1} and the predicted x_0, not extrapolated.
+        """
+        x_start = self.p_mean_variance(denoise, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn).pred_xstart
+        aim = x_start if last is None else x_start + self._at("extrapolation", t, x) * (x_start - last)
+        previous = self._at("alphas_cumprod_prev", t, x)
+        return Step(aim * previous.sqrt() + (1 - previous).sqrt() * self.eps_from_xstart(x, t, aim), x_start)
 
     def ddim_reverse_sample(
         self,

@@ -183,3 +183,12 @@ class Schedule:
     def log_betas(self) -> Array:
         """Logarithm of beta_t."""
         return np.log(self.betas)
+
+    @cached_property
+    def extrapolation(self) -> Array:
+        """Weight of DPM-Solver++(2M): half of this step over the last one in log(signal / noise); 0 for both ends."""
+        log_ratio = 0.5 * np.log(self.alphas_cumprod / self.one_minus_alphas_cumprod)
+        steps = -np.diff(log_ratio)
+        weights = np.zeros_like(log_ratio)
+        weights[1:-1] = steps[:-1] / (2 * steps[1:])
+        return weights
