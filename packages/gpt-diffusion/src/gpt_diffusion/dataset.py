@@ -117,7 +117,8 @@ class ParameterDataset:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, 1, k))
             permutations = [p[part] for p in self.augment.random_permutations(size, generator)]
         width = self.zoo.layout.size
-        out, height = torch.empty(2, len(runs), width), max(1, BLOCK_BYTES // (8 * width))
+        out = torch.from_numpy(np.empty((2, len(runs), width), np.float32))  # in huge pages, as torch.empty is not
+        height = max(1, BLOCK_BYTES // (8 * width))
         for top in range(0, len(runs), height):
             rows = slice(top, top + height)
             block = self.zoo.params.gather(np.tile(runs[rows], 2), np.concatenate([start[rows], target[rows]]))
