@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gpt_diffusion import load_pretrained, train
-from gpt_diffusion.cli import main
+from gpt_diffusion.cli import main, overrides_first
 from gpt_diffusion.curves import read_curves
 from gpt_diffusion.evaluation import batched_metric, mean_and_band
 from gpt_diffusion.prompting import spread_losses
@@ -436,3 +436,18 @@ def test_batched_and_single_metrics_agree(trained):
     batched = batched_metric(task, torch.device("cpu"))(vectors)
     singles = torch.tensor([task.test_fn(*task.data_fn(), net) for net in nets])
     torch.testing.assert_close(batched, singles, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "parsed"),
+    [
+        ("train a --resume k.x=1 --seed 3 y=2 --json", "train a k.x=1 y=2 --resume --seed 3 --json"),
+        ("train a k=1 --data-dir x=y", "train a k=1 --data-dir x=y"),
+        ("train a --data-dir=x=y k=1", "train a k=1 --data-dir=x=y"),
+        ("train --resume a k=1", "train --resume a k=1"),
+        ("train", "train"),
+        ("sample a --json k=1", "sample a --json k=1"),
+    ],
+)
+def test_settings_may_follow_options(given, parsed):
+    assert overrides_first(given.split()) == parsed.split()

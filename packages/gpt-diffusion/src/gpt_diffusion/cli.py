@@ -1,14 +1,19 @@
 """The ``gpt-diffusion`` command."""
 
 import importlib
+import re
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
 from zoo_common.command import run_command
+
+_SETTING = re.compile(r"[A-Za-z_][\w.]*=")
 
 DESCRIPTION = """Train networks by sampling their weights: a diffusion transformer over checkpoints.
 
@@ -323,7 +328,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         "download": (DownloadCommand, _later("download")),
         "import": (ImportCommand, _later("import_runs")),
     }
-    return run_command("gpt-diffusion", DESCRIPTION, commands, argv)
+    return run_command("gpt-diffusion", DESCRIPTION, commands, overrides_first(sys.argv[1:] if argv is None else argv))
+
+
+def overrides_first(argv: Sequence[str]) -> list[str]:
+    """Move the KEY=VALUE settings of ``train`` before its options: the parser takes them together only.
+
+    What follows an option that takes a value stays where it is.
+    """
+    if list(argv[:1]) != ["train"] or argv[1:2] == [] or argv[1].startswith("-"):
+        return list(argv)
+    alone = {f"--{field.name.replace('_', '-')}" for field in fields(TrainCommand) if field.type is bool}
+    moved = [
+        i
+        for i, (before, word) in enumerate(pairwise(argv), start=1)
+        if _SETTING.match(word) and (not before.startswith("-") or "=" in before or before in alone)
+    ]
+    first = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    late = [i for i in moved if i > first]
+    rest = [word for i, word in enumerate(argv) if i not in late]
+    return [*rest[:first], *(argv[i] for i in late), *rest[first:]]
 
 
 def _later(name: str) -> Callable[[Any], int | None]:

@@ -83,11 +83,12 @@ class Supervised:
     def train(self, runs: range, tick: Callable[[int], object]) -> list[Run]:
         """Train and judge one chunk; runs that are not finite are left out."""
         saves, group = self.saves(runs), self.options.share_batches
-        stacks = self.stacks(runs)
-        vectors = torch.cat(
-            [train_stack(self, part, saves[part.start - runs.start :][: len(part)], tick) for part in stacks]
-        )
-        metrics = _judge(self, vectors)
+        trained = []
+        for part in self.stacks(runs):
+            vectors = train_stack(self, part, saves[part.start - runs.start :][: len(part)], tick)
+            trained.append((vectors, _judge(self, vectors)))  # here, so that progress is steady
+        vectors = torch.cat([vectors for vectors, _ in trained])
+        metrics = {name: torch.cat([judged[name] for _, judged in trained]) for name in trained[0][1]}
         good = vectors.isfinite().all(2).all(1)
         for values in metrics.values():
             good &= values.isfinite().all(1)
