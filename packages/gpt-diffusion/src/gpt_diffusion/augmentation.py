@@ -83,8 +83,16 @@ class Permuter(Protocol):
         """Independent permutations for ``n`` checkpoints, a row of each tensor for each."""
         ...
 
-    def apply(self, vectors: Tensor, permutations: Sequence[Tensor]) -> Tensor:
-        """Permute checkpoints (n, d), each with its own row."""
+    def apply(
+        self,
+        vectors: Tensor,
+        permutations: Sequence[Tensor],
+        *,
+        rows: Tensor | None = None,
+        out: Tensor | None = None,
+        write: Callable[[Tensor, Tensor], object] = ...,
+    ) -> Tensor:
+        """Permute checkpoints (n, d), each with its own row; see :meth:`zoo_common.symmetry.Symmetry.apply`."""
         ...
 
 
@@ -101,9 +109,20 @@ class RulePermuter:
         """Gather indices, one tensor (n, d)."""
         return [torch.stack([permutation_index(self.architecture, self.aug_fn, generator) for _ in range(n)])]
 
-    def apply(self, vectors: Tensor, permutations: Sequence[Tensor]) -> Tensor:
-        """Gather each row of ``vectors`` (n, d)."""
-        return vectors.gather(1, permutations[0])
+    def apply(
+        self,
+        vectors: Tensor,
+        permutations: Sequence[Tensor],
+        *,
+        rows: Tensor | None = None,
+        out: Tensor | None = None,
+        write: Callable[[Tensor, Tensor], object] = lambda values, out: out.copy_(values),
+    ) -> Tensor:
+        """Gather each row of ``vectors`` (n, d), or of some ``rows`` of more."""
+        permuted = (vectors if rows is None else vectors[rows]).gather(1, permutations[0])
+        out = torch.empty_like(permuted) if out is None else out
+        write(permuted, out)
+        return out
 
 
 class _Walk:

@@ -14,7 +14,7 @@ from gpt_diffusion.augmentation import Permuter
 from gpt_diffusion.normalization import Normalizer
 
 #: Weights that are read, permuted and normalised together.
-BLOCK_BYTES = 2**21
+BLOCK_BYTES = 2**23
 
 
 class Pairs(NamedTuple):
@@ -110,23 +110,27 @@ class ParameterDataset:
         """Normalised weights (2 b, D) of b starts and their b targets; both of a pair are permuted alike.
 
         ``part`` says which of the ``size`` pairs of the batch they are. Worked on in blocks, so that all steps but the
-        last write to the caches; both of a pair are in one block, so that the file of a run is opened once.
+        first and the last stay in the caches.
         """
         permutations: list[Tensor] = []
         if self.augment is not None:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, 1, k))
             permutations = [p[part] for p in self.augment.random_permutations(size, generator)]
-        width = self.zoo.layout.size
-        out = torch.from_numpy(np.empty((2, len(runs), width), np.float32))  # in huge pages, as torch.empty is not
-        height = max(1, BLOCK_BYTES // (8 * width))
-        for top in range(0, len(runs), height):
-            rows = slice(top, top + height)
-            block = self.zoo.params.gather(np.tile(runs[rows], 2), np.concatenate([start[rows], target[rows]]))
-            if self.augment is not None:
-                block = self.augment.apply(block, [torch.cat([p[rows]] * 2) for p in permutations])
-            for half, vectors in zip(out, block.chunk(2), strict=True):
-                self.normalizer.normalize(vectors, out=half[rows])
-        return out.flatten(0, 1)
+        n, width = len(runs), self.zoo.layout.size
+        out = torch.from_numpy(np.empty((2 * n, width), np.float32))  # in huge pages, as torch.empty is not
+        height = max(1, BLOCK_BYTES // (4 * width))
+        for entries, table, rows in self.zoo.params.parts(np.tile(runs, 2), np.concatenate([start, target])):
+            for which, chosen in zip(entries.split(height), rows.split(height), strict=True):
+                whole = len(entries) == len(out)  # then entries are in order
+                place = out[int(which[0]) : int(which[-1]) + 1] if whole else torch.empty(len(which), width)
+                if self.augment is None:
+                    self.normalizer.normalize(table.index_select(0, chosen), out=place)
+                else:
+                    own = [p[which % n] for p in permutations]
+                    self.augment.apply(table, own, rows=chosen, out=place, write=self.normalizer.normalize)
+                if not whole:
+                    out.index_copy_(0, which, place)
+        return out
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:

@@ -4,7 +4,7 @@ Shapes: R runs, C checkpoints of a run, D parameters.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,6 +171,11 @@ class PublishedParams(Params):
             entries = np.flatnonzero(owners == run)
             out[torch.from_numpy(entries)] = self._read(int(run), rows[entries] - self._index.starts[run])
         return out
+
+    def parts(self, runs: Indices, checkpoints: Indices) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """All in one part, read."""
+        everything = torch.arange(len(runs))
+        yield everything, self.gather(runs, checkpoints), everything
 
     def _read(self, run: int, checkpoints: Sequence[int] | np.ndarray) -> Tensor:
         keys = self._zoo._records.keys[run]

@@ -176,19 +176,32 @@ class Params:
 
     def gather(self, runs: Indices, checkpoints: Indices) -> Tensor:
         """Vectors of (run, checkpoint) pairs, (B, D) float32; one indexed copy per shard that is touched."""
+        # NumPy takes huge pages for large arrays: without them, providing the memory takes longer than the reading.
+        out = torch.from_numpy(np.empty((len(runs), self._size), np.float32))
+        for entries, table, rows in self.parts(runs, checkpoints):
+            if len(rows) == len(out):
+                torch.index_select(table, 0, rows, out=out)
+            else:
+                out.index_copy_(0, entries, table.index_select(0, rows))
+        return out
+
+    def parts(self, runs: Indices, checkpoints: Indices) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Where the vectors of B (run, checkpoint) pairs lie, shard by shard.
+
+        Yields:
+            ``entries``: which of the pairs, rising; ``table`` (N, D) float32, mapped where it is stored so;
+            ``rows``: the pair ``entries[i]`` is ``table[rows[i]]``.
+        """
         rows = self._index.rows(runs, checkpoints)
         shards = np.searchsorted(self._index.bounds, rows, side="right") - 1
         order = np.argsort(shards, kind="stable")
-        parts = np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(rows) else []
-        # NumPy takes huge pages for large arrays: without them, providing the memory takes longer than the reading.
-        out = torch.from_numpy(np.empty((len(rows), self._size), np.float32))
-        for entries in parts:
+        for entries in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(rows) else []:
             shard = shards[entries[0]]
-            local = torch.from_numpy(rows[entries] - self._index.bounds[shard])
-            params = self._index.shards[shard].params
-            if len(parts) == 1 and isinstance(params, Tensor) and params.dtype == out.dtype:
-                torch.index_select(params, 0, local, out=out)
-            else:
+            local, params = (
+                torch.from_numpy(rows[entries] - self._index.bounds[shard]),
+                self._index.shards[shard].params,
+            )
+            if not isinstance(params, Tensor) or params.dtype != torch.float32:
                 selected = params.index_select(0, local) if isinstance(params, Tensor) else params[local]
-                out.index_copy_(0, torch.from_numpy(entries), selected.float())
-        return out
+                params, local = selected.float(), torch.arange(len(local))
+            yield torch.from_numpy(entries), params, local

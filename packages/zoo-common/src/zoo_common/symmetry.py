@@ -7,7 +7,7 @@ Shapes: ``n`` networks, ``d`` parameters each, ``s`` units in a group.
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -83,28 +83,47 @@ class Symmetry:
         device = generator.device if generator is not None else torch.device("cpu")
         return [torch.rand(n, g.size, generator=generator, device=device).argsort(1) for g in self.groups]
 
-    def apply(self, vectors: Tensor, permutations: Sequence[Tensor]) -> Tensor:
-        """Permute each network of ``vectors`` (n, d) with its own row of ``permutations`` ((n, s) per group)."""
+    def apply(
+        self,
+        vectors: Tensor,
+        permutations: Sequence[Tensor],
+        *,
+        rows: Tensor | None = None,
+        out: Tensor | None = None,
+        write: Callable[[Tensor, Tensor], object] = lambda values, out: out.copy_(values),
+    ) -> Tensor:
+        """Permute each network of ``vectors`` (N, d) with its own row of ``permutations`` ((n, s) per group).
+
+        Args:
+            vectors: Networks.
+            permutations: Of these n networks.
+            rows: Which of ``vectors``, (n,) int64; they are read where they lie, also in a mapped file. Default: all.
+            out: Where the permuted networks (n, d) go; default: a new tensor.
+            write: Puts permuted values (m, k) to their place in ``out`` (m, k); default: copies them.
+        """
         self._check(vectors)
-        vectors = vectors.contiguous()
+        vectors, n = vectors.contiguous(), len(vectors if rows is None else rows)
         for group, permutation in zip(self.groups, permutations, strict=True):
-            if permutation.shape != (len(vectors), group.size):
+            if permutation.shape != (n, group.size):
                 raise ValueError(
-                    f"group {group.name!r}: permutations must be {(len(vectors), group.size)}, got {tuple(permutation.shape)}"
+                    f"group {group.name!r}: permutations must be {(n, group.size)}, got {tuple(permutation.shape)}"
                 )
-        out, n = torch.empty_like(vectors), len(vectors)
+        out = vectors.new_empty(n, self.layout.size) if out is None else out
         rooms = [] if vectors.requires_grad else list(vectors.new_empty(2, self._room(n)))
         indices: dict[tuple[tuple[int, int], ...], Tensor] = {}
         for spec in self.layout.tensors:
             span, shape = self.layout.slices[spec.name], spec.shape
             steps = self._steps(spec.name, shape, permutations, indices)
-            rows = max(1, _CACHED // math.prod(shape) if steps else n)
-            for i in range(0, n, rows):
-                values = vectors[i : i + rows, span]
+            count = max(1, _CACHED // math.prod(shape))
+            for i in range(0, n, count):
+                part = slice(i, i + count)
+                values, chosen = (vectors[part, span], None) if rows is None else (vectors[:, span], rows[part])
+                if chosen is not None and not steps:
+                    values = values.index_select(0, chosen)
                 for k, (axis, block, order) in enumerate(steps):
                     room = rooms[k % 2] if rooms else None
-                    values = _permute_axis(values, shape, axis, block, order[i : i + rows], room)
-                out[i : i + rows, span] = values
+                    values = _permute_axis(values, chosen if k == 0 else None, shape, axis, block, order[part], room)
+                write(values, out[part, span])
         return out
 
     def _room(self, n: int) -> int:
@@ -121,7 +140,7 @@ class Symmetry:
     ) -> list[tuple[int, int, Tensor]]:
         """What moves in a tensor: axis, size of the blocks that move, and their order (n, blocks)."""
         steps = []
-        for axis, members in self.moves.get(tensor, {}).items():
+        for axis, members in sorted(self.moves.get(tensor, {}).items()):  # the largest rows first
             g, entry = members[0]
             if len(members) == 1 and entry.block:
                 steps.append((axis, entry.block, permutations[g]))
@@ -239,19 +258,26 @@ class Symmetry:
 
 
 def _permute_axis(
-    values: Tensor, shape: Sequence[int], axis: int, block: int, permutation: Tensor, room: Tensor | None
+    values: Tensor,
+    rows: Tensor | None,
+    shape: Sequence[int],
+    axis: int,
+    block: int,
+    permutation: Tensor,
+    room: Tensor | None,
 ) -> Tensor:
-    """Permute one axis of n stacked tensors, (n, prod(shape)) -> the same, with a permutation (n, s) for each."""
+    """Permute one axis of n stacked tensors, (n, prod(shape)) or ``rows`` of more, with a permutation (n, s) for each."""
     n, size = permutation.shape
     before, after = math.prod(shape[:axis]), block * math.prod(shape[axis + 1 :])
-    out = None if room is None else room[: values.numel()]
+    out = None if room is None else room[: n * before * size * after]
     if after > 1:  # copies of whole rows, wherever they start
-        first = torch.arange(n, device=values.device).mul(values.stride(0))[:, None, None]
+        first = (torch.arange(n, device=values.device) if rows is None else rows).mul(values.stride(0))[:, None, None]
         first = first + torch.arange(before, device=values.device).mul(size * after)[:, None]
         starts = (first + permutation[:, None] * after).flatten()
-        last = (n - 1) * values.stride(0) + (before * size - 1) * after  # where the last row of all starts
-        rows = values.as_strided((last + 1, after), (1, 1))
-        return torch.index_select(rows, 0, starts, out=None if out is None else out.view(-1, after)).view(n, -1)
+        last = (len(values) - 1) * values.stride(0) + (before * size - 1) * after  # where the last row of all starts
+        windows = values.as_strided((last + 1, after), (1, 1))
+        return torch.index_select(windows, 0, starts, out=None if out is None else out.view(-1, after)).view(n, -1)
+    values = values if rows is None else values.index_select(0, rows)
     where = permutation[:, None].expand(n, before, size)  # a view, no index in memory
     out = None if out is None else out.view(where.shape)
     return torch.gather(values.reshape(where.shape), 2, where, out=out).view(n, -1)
