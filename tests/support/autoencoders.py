@@ -5,6 +5,8 @@ import zlib
 
 import numpy as np
 import torch
+from sane.networks import build_network
+from zoo_common import ParameterLayout, Run, Zoo
 
 from support.golden import fill
 
@@ -42,3 +44,23 @@ def recipe_input(text):
     """The tensor of a written recipe: fill('name', [shape], scale)."""
     name, shape, scale = re.fullmatch(r"fill\('(.*)', \[(.*)\], (.*)\)", text).groups()
     return fill(name, [int(size) for size in shape.split(",")], float(scale))
+
+
+def zoo_of_networks(path, config, runs=12, checkpoints=3, seed=0, drift=0.1):
+    """A zoo of random networks of a published type, whose metrics follow from their weights."""
+    torch.manual_seed(seed)
+    layout = ParameterLayout.from_module(build_network(config))
+    zoo = Zoo.create(path, layout=layout, split=(0.6, 0.2, 0.2))
+    made = []
+    for run in range(runs):
+        network = build_network(config)
+        start = layout.flatten(network).detach()
+        step = torch.randn(layout.size) * drift * start.std() + drift * start
+        params = torch.stack([start + k * step for k in range(checkpoints)])
+        norm = params.norm(dim=1)
+        accuracy = 1 / (1 + norm / norm.mean())
+        metrics = {"test_acc": accuracy.numpy(), "train_acc": (accuracy + 0.01 * norm).numpy()}
+        buffers = {name: b.expand(checkpoints, *b.shape).clone() for name, b in layout.buffers_of(network).items()}
+        made.append(Run(f"run{run:03d}", params, range(checkpoints), metrics, {**config, "lr": 0.1}, buffers))
+    zoo.append(made)
+    return zoo
