@@ -46,6 +46,7 @@ TOLERANCES: dict[str, tuple[float, float]] = {
     "sane/loss": (0.0, 1e-5),
     "sane/steps": (0.0, 1e-4),
     "sane/statistics": (1e-9, 1e-5),  # the original sums in float32
+    "sane/features": (1e-9, 1e-6),
     "sane/ridge": (1e-6, 0.0),
     "sane/kde": (1e-6, 0.0),
     # pilimit: section 14 of its specification; 1e-7 where |q| is near 1, which training brings about

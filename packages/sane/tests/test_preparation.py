@@ -144,7 +144,7 @@ def test_a_zoo_of_an_unknown_network_can_be_prepared_without_alignment(tmp_path)
     layout = ParameterLayout.from_state_dict({"weight": torch.zeros(4, 3), "bias": torch.zeros(4)})
     made = Zoo.create(tmp_path / "zoo", layout=layout)
     made.append([Run(f"{i}", torch.randn(2, 16), range(2)) for i in range(5)])
-    with pytest.raises(ValueError, match="not known: it names no task and its runs have no model::type"):
+    with pytest.raises(ValueError, match=r"is not known \(no task, and no model::type in its runs\): prepare"):
         prepare(made)
     assert prepare(made, PrepareConfig(align="none")).tokenizer.shape == (4, 4)
 

@@ -63,8 +63,8 @@ class Mlp(_Chain):
         return self.module_list(x.flatten(1))
 
 
-def _cnn(config: Mapping[str, Any], convolutions: Sequence[tuple[int, int]], features: int) -> nn.Module:
-    """CNN and CNN2: three convolutions, two of them pooled, and two dense layers."""
+def _cnn_layers(config: Mapping[str, Any], convolutions: Sequence[tuple[int, int]], features: int) -> list[nn.Module]:
+    """Of CNN and CNN2: three convolutions, two of them pooled, and two dense layers."""
     dropout = config.get("model::dropout", 0.0)
     drop = [nn.Dropout(dropout)] if dropout else []
     channels = [config["model::channels_in"], *(width for width, _ in convolutions)]
@@ -74,7 +74,7 @@ def _cnn(config: Mapping[str, Any], convolutions: Sequence[tuple[int, int]], fea
         layers += [nn.MaxPool2d(2), _activation(config)] if i < 2 else [_activation(config)]
         layers += drop if i < 2 else []
     layers += [nn.Flatten(), nn.Linear(features, 20), _activation(config), *drop, nn.Linear(20, config["model::o_dim"])]
-    return _Chain(layers)
+    return layers
 
 
 def _cnn3(config: Mapping[str, Any]) -> nn.Module:
@@ -91,7 +91,7 @@ class ResCnn(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.module_list = _cnn({**config, "model::dropout": 0.0}, ((8, 5), (6, 5), (4, 2)), 36).module_list
+        self.module_list = nn.Sequential(*_cnn_layers({**config, "model::dropout": 0.0}, ((8, 5), (6, 5), (4, 2)), 36))
         self.res1_conv = nn.Conv2d(config["model::channels_in"], 8, 1)
         self.res2_conv = nn.Conv2d(8, 6, 1)
         self.res3_conv = nn.Conv2d(6, 4, 1)
@@ -205,8 +205,8 @@ def _torchvision(name: str) -> Callable[[Mapping[str, Any]], nn.Module]:
 
 NETWORKS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "MLP": Mlp,
-    "CNN": lambda config: _cnn(config, ((8, 5), (6, 5), (4, 2)), 36),
-    "CNN2": lambda config: _cnn(config, ((6, 5), (9, 5), (6, 2)), 54),
+    "CNN": lambda config: _Chain(_cnn_layers(config, ((8, 5), (6, 5), (4, 2)), 36)),
+    "CNN2": lambda config: _Chain(_cnn_layers(config, ((6, 5), (9, 5), (6, 2)), 54)),
     "CNN3": _cnn3,
     "ResCNN": ResCnn,
     "CNN_more_layers": CnnMoreLayers,

@@ -98,8 +98,7 @@ class Normalization:
         Raises:
             ValueError: It names layers that the network does not have, or is something else.
         """
-        mode = document.get("mode") or "none"
-        check_mode(mode)
+        mode = check_mode(document.get("mode") or "none")
         names = ("min", "max") if mode == "minmax" else ("mean", "std")
         try:
             pairs = {k: (float(v[names[0]]), float(v[names[1]])) for k, v in document.items() if k != "mode"}
@@ -155,10 +154,13 @@ def measure(
     return Normalization(mode, table, layout, skipped, legacy_double_bn)
 
 
-def check_mode(mode: str) -> None:
-    """Reject an unknown mode."""
-    if mode not in get_args(Mode):
-        raise ValueError(f"normalisation {mode!r} is unknown; use one of {', '.join(get_args(Mode))}")
+def check_mode(mode: str) -> Mode:
+    """The mode of a name; ``ValueError`` if there is none."""
+    for known in get_args(Mode):
+        if mode == known:
+            found: Mode = known
+            return found
+    raise ValueError(f"normalisation {mode!r} is unknown; use one of {', '.join(get_args(Mode))}")
 
 
 def _layers(layout: ParameterLayout, skipped: tuple[str, ...], mode: str) -> list[ChannelLayer]:

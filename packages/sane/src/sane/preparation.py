@@ -280,16 +280,29 @@ def network_of(zoo: Zoo) -> tuple[Callable[[], nn.Module], tuple[int, ...]]:
     Raises:
         ValueError: The zoo names no task, and its runs have no ``model::type``.
     """
+    return known_network(facts_of(zoo), f"the zoo {zoo.path}")
+
+
+def facts_of(zoo: Zoo) -> dict[str, Any]:
+    """What a zoo tells about its networks: the name of the task, or the configuration of a published type."""
     if zoo.task is not None:
-        task = get_task(zoo.task)
+        return {"task": zoo.task}
+    config = zoo.runs[0].config if len(zoo) else {}
+    return {"network": {key: value for key, value in config.items() if key.startswith("model::")}}
+
+
+def known_network(facts: Mapping[str, Any], what: str) -> tuple[Callable[[], nn.Module], tuple[int, ...]]:
+    """Constructor and input shape from the facts of :func:`facts_of`; ``ValueError`` if they do not say it."""
+    if facts.get("task"):
+        task = get_task(facts["task"])
         return task.constructor, task.input_shape
-    config: dict[str, Any] = zoo.runs[0].config if len(zoo) else {}
+    config = facts.get("network", {})
     if "model::type" in config:
         plain = {key: value for key, value in config.items() if key != "model::init_type"}
         return (lambda: build_network(plain)), input_shape(plain)
     raise ValueError(
-        f"what network the zoo {zoo.path} holds is not known: it names no task and its runs have no model::type; "
-        "prepare it with align=none"
+        f"how the networks of {what} compute is not known (no task, and no model::type in its runs): "
+        "prepare the zoo with align=none"
     )
 
 
