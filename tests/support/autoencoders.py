@@ -5,7 +5,10 @@ import zlib
 
 import numpy as np
 import torch
+from sane.autoencoder import Autoencoder, AutoencoderConfig
+from sane.model import SaneModel
 from sane.networks import build_network
+from sane.preparation import PrepareConfig, facts_of, prepare
 from zoo_common import ParameterLayout, Run, Zoo
 
 from support.golden import fill
@@ -64,3 +67,17 @@ def zoo_of_networks(path, config, runs=12, checkpoints=3, seed=0, drift=0.1):
         made.append(Run(f"run{run:03d}", params, range(checkpoints), metrics, {**config, "lr": 0.1}, buffers))
     zoo.append(made)
     return zoo
+
+
+CNN = {"model::type": "CNN", "model::channels_in": 1, "model::o_dim": 10}
+
+
+def small_model(path, seed=0, **options):
+    """An untrained model of a zoo of random networks, and the prepared zoo."""
+    prepared = prepare(zoo_of_networks(path, CNN, runs=10), PrepareConfig(token_size=40, **options))
+    torch.manual_seed(seed)
+    sizes = {"d_model": 32, "heads": 2, "layers": 1, "latent": 8, "window": 16}
+    config = AutoencoderConfig(token_size=40, max_positions=prepared.max_positions, **sizes)
+    facts = {**facts_of(prepared.zoo), "align": prepared.config.align}
+    model = SaneModel(Autoencoder(config), prepared.tokenizer, prepared.normalization, prepared.reference, facts)
+    return model, prepared

@@ -90,7 +90,7 @@ def power_law_exponent(values: Tensor) -> Tensor:
     empirical = 1 - count[None, None, :] / count[None, :, None]
     tail = count[None, None, :] <= count[None, :, None]
     distance = torch.where(tail, (model - empirical).abs(), 0.0).amax(2)
-    distance[:, : min(2, values.shape[1] - 1)] = torch.inf  # a tail has more than two values
+    distance[:, :1] = torch.inf  # one value is no tail
     return alpha.gather(1, distance.argmin(1, keepdim=True))[:, 0]
 
 

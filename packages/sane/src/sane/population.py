@@ -100,7 +100,7 @@ class Networks:
             for x in batches:
                 count += 1
                 for part in vectors.split(_TOGETHER):
-                    self._keep(part, self.train_forward(part, x)[1])
+                    self.keep_statistics(part, self.train_forward(part, x)[1])
         buffers = {name: b + count if name.endswith("num_batches_tracked") else b for name, b in self.buffers.items()}
         return Conditioned(vectors, buffers)
 
@@ -157,12 +157,12 @@ class Networks:
                 optimizer.step()
                 if schedule is not None and schedule.last_epoch + 1 < schedule.total_steps:
                     schedule.step()
-                self._keep(weights.detach(), running)
+                self.keep_statistics(weights.detach(), running)
             if after_epoch is not None:
                 after_epoch(epoch, weights.detach())
         return weights.detach()
 
-    def _keep(self, vectors: Tensor, running: Tensor) -> None:
+    def keep_statistics(self, vectors: Tensor, running: Tensor) -> None:
         """Write running statistics (n, r) into vectors, in place."""
         start = 0
         for name in self._running:

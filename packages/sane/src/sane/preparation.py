@@ -284,11 +284,12 @@ def network_of(zoo: Zoo) -> tuple[Callable[[], nn.Module], tuple[int, ...]]:
 
 
 def facts_of(zoo: Zoo) -> dict[str, Any]:
-    """What a zoo tells about its networks: the name of the task, or the configuration of a published type."""
+    """What a zoo tells about its networks: the name of the task, or the configuration of a published type and the data set."""
     if zoo.task is not None:
         return {"task": zoo.task}
     config = zoo.runs[0].config if len(zoo) else {}
-    return {"network": {key: value for key, value in config.items() if key.startswith("model::")}}
+    facts: dict[str, Any] = {"network": {key: value for key, value in config.items() if key.startswith("model::")}}
+    return facts | ({"data": config["dataset::name"]} if "dataset::name" in config else {})
 
 
 def known_network(facts: Mapping[str, Any], what: str) -> tuple[Callable[[], nn.Module], tuple[int, ...]]:
