@@ -13,6 +13,10 @@ from zoo_common import ParameterLayout, Run, Zoo
 
 from support.golden import fill
 
+#: Settings of a pretraining that takes a moment.
+SIZES = ["model.d_model=16", "model.heads=2", "model.layers=1", "model.latent=4", "model.window=12"]
+TRAINING = ["training.batch=8", "training.epochs=2", "training.test_every=1", "training.log_every=2", "device=cpu"]
+
 
 def filled_state(state, tag, scale=0.1):
     """The recipe for networks: fill(tag + key), positive running variances, 100 batches tracked."""

@@ -64,11 +64,8 @@ def tune(config: Config, choices: Sequence[str]) -> dict[str, Any]:
         run_config=ray_tune.RunConfig(name="ray", storage_path=str(folder)),
     )
     results = tuner.fit()
-    trials = {
-        result.metrics["name"]: {**result.config, **result.metrics}
-        for result in map(results.__getitem__, range(len(results)))
-        if result.metrics
-    }
+    found = [results[k] for k in range(len(results))]
+    trials = {r.metrics["name"]: {**(r.config or {}), **r.metrics} for r in found if r.metrics}
     score = {name: row.get("loss_validation", row.get("loss", float("inf"))) for name, row in trials.items()}
     best = min(score, key=lambda name: score[name])
     return {"best": best, "trials": trials, "failed": len(results.errors)}

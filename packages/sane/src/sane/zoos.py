@@ -25,6 +25,7 @@ from sane.networks import build_network, input_shape
 from sane.population import Networks
 
 _MOMENTUM = 0.9
+_PIXELS = {"digits": 64, "cifar10": 3072}
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class ZooConfig:
             "model::o_dim": 10,
             "model::nlin": self.activation,
             "model::init_type": str(random.choice(self.inits)),
-            **({"model::i_dim": 784, "model::h_dim": [10]} if self.network == "MLP" else {}),
+            **({"model::i_dim": _PIXELS.get(self.data, 784), "model::h_dim": [10]} if self.network == "MLP" else {}),
             "dataset::name": self.data,
             "optim::lr": drawn[0],
             "optim::wd": drawn[1],
