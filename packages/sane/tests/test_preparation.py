@@ -120,6 +120,18 @@ def test_checkpoints_that_are_not_finite_or_too_large_are_left_out_and_counted(t
         prepare(made, PrepareConfig(max_abs=1e-5))
 
 
+def test_a_zoo_without_validation_runs_is_prepared_and_read_back(tmp_path):
+    made = zoo_of_networks(tmp_path / "zoo", CNN, runs=3)
+    config = PrepareConfig(split="published", fractions=(0.5, 0.0, 0.5), align="none")
+    prepare(made, config).save(tmp_path / "prepared.safetensors")
+    back = open_prepared(tmp_path / "prepared.safetensors")
+    assert {split: len(samples.runs) for split, samples in back.samples.items()} == {
+        "train": 3,
+        "validation": 0,
+        "test": 6,
+    }
+
+
 def test_the_best_quantile_of_runs(zoo):
     kept = prepare(zoo, PrepareConfig(min_quantile=0.5, align="none"))
     runs = np.unique(np.concatenate([s.runs for s in kept.samples.values()]))

@@ -156,7 +156,8 @@ class Prepared:
         tensors = {f"permutation/{g}": table for g, table in enumerate(self.permutations)}
         tensors["reference"] = self.reference
         for split, samples in self.samples.items():
-            tensors |= {f"{split}/{n}": torch.from_numpy(v) for n, v in samples._asdict().items() if n != "runs"}
+            if len(samples.runs):  # the format has no empty tensors
+                tensors |= {f"{split}/{n}": torch.tensor(v) for n, v in samples._asdict().items() if n != "runs"}
         document = {
             "zoo": str(self.zoo.path.absolute()),
             "layout": self.zoo.layout.id,
@@ -200,11 +201,12 @@ def open_prepared(path: str | Path, zoo: Zoo | str | Path | None = None) -> Prep
     normalization = Normalization.from_document(
         document["normalization"], tokenizer, legacy_double_bn=config.legacy_double_bn
     )
+    empty = torch.zeros(0, dtype=torch.int64)
     samples = {
         split: Samples(
             np.array([zoo.index(run) for run in runs], np.int64),
-            tensors[f"{split}/checkpoints"].numpy(),
-            tensors[f"{split}/rows"].numpy(),
+            tensors.get(f"{split}/checkpoints", empty).numpy(),
+            tensors.get(f"{split}/rows", empty).numpy(),
         )
         for split, runs in document["runs"].items()
     }
