@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ["zoo_common", "gpt_diffusion", "ghn", "pilimit"]
+PACKAGES = ["zoo_common", "gpt_diffusion", "ghn", "pilimit", "sane"]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -27,7 +27,7 @@ def test_another_name_is_an_attribute_error(package):
         importlib.import_module(package).Absent  # noqa: B018
 
 
-@pytest.mark.parametrize("package", [*PACKAGES, "sane"])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_importing_a_package_and_its_command_does_not_import_torch(package):
     code = f"import sys, {package}.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

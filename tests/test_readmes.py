@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-MODULES = {"zoo": "zoo_common", "gpt-diffusion": "gpt_diffusion", "ghn": "ghn", "pilimit": "pilimit"}
+MODULES = {"zoo": "zoo_common", "gpt-diffusion": "gpt_diffusion", "ghn": "ghn", "pilimit": "pilimit", "sane": "sane"}
 ROOT = Path(__file__).parents[1]
 READMES = sorted([*ROOT.glob("README.md"), *ROOT.glob("packages/*/README.md")])
 BLOCK = re.compile(r"^```(python|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -3,6 +3,7 @@
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,8 @@ CONVERT = (
 )
 DENOISE = "train_denoiser.py {folder} {zoo}"
 META_TRAIN = "train_ghn.py {folder}"
+CNN_ZOO = "train_sane_zoo.py {folder}"
+PRETRAIN = "pretrain_sane.py {folder} {prepared}"
 STATE = (
     "state.safetensors",  # holds Python's global random state, which the command does not use
     "lock.mdb",  # of the process that wrote
@@ -57,6 +60,8 @@ class Workshop:
             paths["zoo"] = self.whole(GENERATE)
         if "{gpt}" in program:
             paths["gpt"] = self.whole(CONVERT[2])
+        if "{prepared}" in program:
+            paths["prepared"] = self.prepared
         first, *rest = program.split()
         return [PROGRAMS / first if first.endswith(".py") else first, *(word.format(**paths) for word in rest)]
 
@@ -67,6 +72,14 @@ class Workshop:
             result = run(self.command(program, self.made[program]))
             assert result.returncode == 0, result.stderr
         return self.made[program]
+
+    @cached_property
+    def prepared(self):
+        """File of a prepared zoo of small CNNs."""
+        out = self.new_folder() / "prepared.safetensors"
+        result = run(["sane", "preprocess", self.whole(CNN_ZOO), "-o", out, "--token-size", "40"])
+        assert result.returncode == 0, result.stderr
+        return out
 
     def finish(self, program, folder):
         """Run a program to its end; the result must be that of the uninterrupted one."""
@@ -89,14 +102,16 @@ def name_of(value):
     return " ".join(word for word in str(value).split() if "{" not in word)
 
 
-@pytest.mark.parametrize("program", [RECORD, TRAIN, GENERATE, DENOISE], ids=name_of)
+@pytest.mark.parametrize("program", [RECORD, TRAIN, GENERATE, DENOISE, PRETRAIN], ids=name_of)
 def test_killed_once_and_resumed_equals_uninterrupted(workshop, tmp_path, program):
     workshop.kill(program, tmp_path, seed=0, kills=1)
 
 
 @pytest.mark.reliability
 @pytest.mark.parametrize(
-    "program", [RECORD, TRAIN, TRAIN_ADAMW, GENERATE, ACTORS, DENOISE, META_TRAIN, *CONVERT], ids=name_of
+    "program",
+    [RECORD, TRAIN, TRAIN_ADAMW, GENERATE, ACTORS, DENOISE, META_TRAIN, CNN_ZOO, PRETRAIN, *CONVERT],
+    ids=name_of,
 )
 @pytest.mark.parametrize("seed", range(1, 3))
 def test_killed_often_and_resumed_equals_uninterrupted(workshop, tmp_path, program, seed):
@@ -109,6 +124,7 @@ def test_killed_often_and_resumed_equals_uninterrupted(workshop, tmp_path, progr
         (GENERATE, "stopped (interrupted); the same command goes on"),
         (DENOISE, "go on with --resume"),
         (META_TRAIN, "go on with --resume"),
+        (PRETRAIN, "go on with --resume"),
     ],
     ids=name_of,
 )
@@ -128,9 +144,10 @@ def test_ctrl_c_is_one_line_and_what_was_done_is_kept(workshop, tmp_path, progra
         (GENERATE, 10_000, "runs-s0-0000000-0000000.safetensors"),
         (DENOISE, 60_000, "state.safetensors"),
         (DENOISE, 700, "config"),
+        (PRETRAIN, 20_000, "state.safetensors"),
         (CONVERT[3], 3000, "digits-s0-0000000"),
     ],
-    ids=["generate", "train", "train, nothing fits", "convert to trials"],
+    ids=["generate", "train", "train, nothing fits", "pretrain", "convert to trials"],
 )
 def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(workshop, tmp_path, program, limit, name):
     result = run([PROGRAMS / "restricted.py", str(limit), *interpreted(workshop.command(program, tmp_path))])

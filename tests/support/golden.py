@@ -41,6 +41,14 @@ TOLERANCES: dict[str, tuple[float, float]] = {
     "ghn/values": (2e-5, 0.0),
     "ghn/norms": (0.0, 1e-5),
     "ghn/gradients": (0.0, 1e-3),  # float32 through a whole network: 3e-4 for the MLP
+    # sane: section 20 of its specification
+    "sane/forward": (1e-5, 1e-4),
+    "sane/loss": (0.0, 1e-5),
+    "sane/steps": (0.0, 1e-4),
+    "sane/statistics": (1e-9, 1e-5),  # the original sums in float32
+    "sane/features": (1e-9, 1e-6),
+    "sane/ridge": (1e-6, 0.0),
+    "sane/kde": (1e-6, 0.0),
     # pilimit: section 14 of its specification; 1e-7 where |q| is near 1, which training brings about
     "pilimit/float64": (0.0, 1e-7),
     "pilimit/float32": (2e-6, 0.0),

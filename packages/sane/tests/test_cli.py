@@ -1,14 +1,38 @@
+"""The command line: help, every command on a small zoo, and one line for what does not fit."""
+
+import json
 from importlib.metadata import version
 
+import numpy as np
 import pytest
+import torch
 from sane.cli import main
+from zoo_common import Zoo
+from zoo_common.checkpoint import load_checkpoint
 
 
-def test_help_says_what_will_come(capsys):
-    assert main(["--help"]) == 0
-    out = capsys.readouterr().out
-    assert "no features yet" in out
-    assert "sane train" in out or "sane pretrain" in out
+def said(capsys, *arguments):
+    """What a command prints as JSON."""
+    capsys.readouterr()
+    status = main([*map(str, arguments), "--json"])
+    out = capsys.readouterr()
+    assert status == 0, out.err
+    return json.loads(out.out)
+
+
+def error(capsys, *arguments):
+    """The one line on stderr of a command that fails."""
+    capsys.readouterr()
+    assert main([*map(str, arguments), "--json"]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["zoo", "--help"], ["zoo"]])
+def test_help_has_examples(arguments, capsys):
+    assert main(arguments) == 0
+    assert "sane zoo train digits zoo" in capsys.readouterr().out
 
 
 def test_version_is_that_of_the_package(capsys):
@@ -16,6 +40,114 @@ def test_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"sane {version('sane')}\n"
 
 
-@pytest.mark.parametrize("arguments", [["train"], ["--fast"]])
-def test_commands_that_do_not_exist_yet_are_wrong_usage(arguments):
+@pytest.mark.parametrize("arguments", [["train"], ["--fast"], ["zoo", "make"], ["embed"]])
+def test_wrong_usage_is_status_2(arguments):
     assert main(arguments) == 2
+
+
+def test_a_zoo_is_trained_grows_and_is_inspected(tmp_path, capsys):
+    options = ["--epochs", 2, "--chunk", 2, "--train-images", 64, "--test-images", 40, "--batch", 16]
+    made = said(capsys, "zoo", "train", "digits", tmp_path / "zoo", "--runs", 3, *options)
+    assert (made["runs"], made["failed"], made["stopped"]) == (3, 0, None)
+    before = Zoo.open(tmp_path / "zoo").params["digits-CNN-s0-000002"].clone()
+    assert said(capsys, "zoo", "train", "digits", tmp_path / "zoo", "--runs", 4, *options)["runs"] == 4
+    zoo = Zoo.open(tmp_path / "zoo")
+    assert torch.equal(zoo.params["digits-CNN-s0-000002"], before)
+    assert len({run.config["optim::lr"] for run in zoo.runs}) == 4 and zoo.runs[0].checkpoints == 3
+    seen = said(capsys, "zoo", "inspect", tmp_path / "zoo")
+    assert seen["runs"] == 4 and seen["properties"]["epoch"]["largest"] == 2
+    assert "the zoo" in error(capsys, "zoo", "train", "digits", tmp_path / "zoo", "--runs", 4, *options[:-1], 8)
+    line = error(capsys, "zoo", "train", "digits", tmp_path / "b", "--network", "CNN9", "--runs", 1)
+    assert "model::type 'CNN9' is unknown; use one of MLP, CNN," in line
+
+
+def test_training_many_networks_at_once_is_training_one(tmp_path):
+    """Runs of a chunk of two are those of chunks of one, up to rounding, since orders are seeded by chunk numbers."""
+    from sane.zoos import ZooConfig, train_zoo
+
+    zoos = []
+    for chunk in (1, 2):
+        config = ZooConfig("digits", epochs=1, batch=16, train_images=64, test_images=20, chunk=chunk)
+        train_zoo(tmp_path / str(chunk), config, runs=1)
+        zoos.append(Zoo.open(tmp_path / str(chunk)))
+    torch.testing.assert_close(zoos[0].params[0], zoos[1].params[0], rtol=1e-4, atol=1e-6)
+    start, end = zoos[0].params[0]
+    assert (end - start).norm() > 0.01 * start.norm()
+
+
+def test_the_commands_from_a_zoo_to_samples(workshop, tmp_path, capsys):
+    prepared = said(capsys, "preprocess", workshop / "zoo", "-o", tmp_path / "p.safetensors", "--token-size", 40)
+    assert sum(prepared["checkpoints"].values()) == 42 and prepared["tokens"] == "78 x 40"
+    small, data = workshop / "results" / "small", workshop / "prepared.safetensors"
+
+    found = said(capsys, "embed", small, workshop / "zoo", "-o", tmp_path / "e.safetensors", "--halo", 16, 8)
+    stored = load_checkpoint(tmp_path / "e.safetensors")
+    assert found["embeddings"] == [42, 4] == list(stored.state["embeddings"].shape)
+    assert "approximation" in found["method"] and 0 < found["cosine to full attention"] <= 1
+
+    report = said(capsys, "predict", small, data, "--elsewhere", data, "--resamples", 50)
+    names = {(score["property"], score["features"]) for score in report["scores"]}
+    assert len(names) == 12 and ("ggap", "spectra") in names
+    assert all(str(data) in s["elsewhere"] for s in report["scores"] if s["r2"] is not None)
+
+    seen = said(capsys, "diagnose", small, data, "--num", 3)
+    assert len(seen["layers"]) == 5 and 0 <= seen["accuracy_before"] <= 1 and seen["note"] == "none"
+
+    new = tmp_path / "new.safetensors"
+    sampled = said(capsys, "sample", small, data, "-o", new, "--num", 3, "--anchors", 4, "--train-images", 128)
+    names = [group["name"] for group in sampled["groups"]]
+    assert names == ["sampled", "best anchor", "anchor + noise", "average of anchors", "random initialisation"]
+    assert sampled["novelty"]["samples"] > 0 and len(sampled["groups"][0]["finetuned"]) == 1
+    assert load_checkpoint(new).state["module_list.0.weight"].shape == (3, 8, 1, 5, 5)
+    best = said(capsys, "sample", small, data, "-o", new, "--strategy", "bootstrapped", "--num", 2, "--anchors", 4, "--draws", 4, "--keep", 2, "--iterations", 2, "--no-compare", "--halo", 16, 8)  # fmt: skip
+    assert best["networks"] == 2 and len(best["rounds"]) == 2
+
+    tuned = said(capsys, "finetune", new, "--epochs", 1, "--train-images", 64, "-o", tmp_path / "tuned.safetensors")
+    assert tuned.keys() == {"zero-shot", "after epoch 1", "ensemble"}
+    said(capsys, "finetune", new, "--epochs", 1, "--train-images", 64, "--reset-classifier", 12)
+    said(capsys, "align", workshop / "zoo", tmp_path / "aligned")
+    aligned, zoo = Zoo.open(tmp_path / "aligned"), Zoo.open(workshop / "zoo")
+    assert set(aligned.run_ids) == set(zoo.run_ids)
+    run = zoo.run_ids[0]
+    assert np.allclose(aligned.params[run].norm(dim=1), zoo.params[run].norm(dim=1))
+    assert aligned.metrics["test_acc"][run].tolist() == zoo.metrics["test_acc"][run].tolist()
+
+
+def test_tables_are_printed_for_people(workshop, capsys):
+    small, data = str(workshop / "results" / "small"), str(workshop / "prepared.safetensors")
+    assert main(["predict", small, data, "--properties", "test_acc", "config:lr"]) == 0
+    out = capsys.readouterr().out
+    assert "R2 (95 %)" in out and "lr is 0.1 for all training checkpoints: nothing to predict" in out
+    assert main(["diagnose", small, data, "--num", "2"]) == 0
+    assert "norm ratio" in capsys.readouterr().out
+
+
+def test_problems_are_one_line_with_a_remedy(workshop, tmp_path, capsys):
+    zoo, small, data = workshop / "zoo", workshop / "results" / "small", workshop / "prepared.safetensors"
+    cases = {
+        "there is no zoo": ["preprocess", tmp_path / "absent"],
+        "--token-size must be a number": ["preprocess", zoo, "--token-size", "big"],
+        "no training checkpoint": ["preprocess", zoo, "--steps", 99, "-o", tmp_path / "x.safetensors"],
+        "does not exist": ["preprocess", zoo, "-o", tmp_path / "a" / "b.safetensors"],
+        "there is no model": ["embed", tmp_path, zoo, "-o", tmp_path / "x.safetensors"],
+        "halo (9) must be from 0 to below the window (8)": ["embed", small, zoo, "--halo", 8, 9],
+        "'val_acc' is not in the zoo": ["predict", small, data, "--properties", "val_acc"],
+        "baseline 'spectrum' is unknown": ["predict", small, data, "--baselines", "spectrum"],
+        "--anchors (99) is more than the": ["sample", small, data, "--anchors", 99, "-o", tmp_path / "x.safetensors"],
+        "draws must be at least 10": ["sample", small, data, "--anchors", 2, "--strategy", "subsampled", "--draws", 3, "-o", tmp_path / "x.safetensors"],
+        "device must be auto, cpu or cuda": ["pretrain", "small", "device=tpu"],
+        "must have the form key=value,value": ["pretrain", "small", "--tune", "training.gamma"],
+    }  # fmt: skip
+    for words, arguments in cases.items():
+        line = error(capsys, *arguments)
+        assert words in line or (words.startswith("must have") and "needs Ray Tune" in line), line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_zoo_prepared_otherwise_than_the_model_is_refused(workshop, tmp_path, capsys):
+    other = tmp_path / "p.safetensors"
+    said(capsys, "preprocess", workshop / "zoo", "-o", other, "--token-size", 50)
+    line = error(capsys, "predict", workshop / "results" / "small", other)
+    assert "tokens of 50 scalars" in line and "prepare the zoo with its token_size and ignore_bn" in line
+    said(capsys, "preprocess", workshop / "zoo", "-o", other, "--token-size", 40, "--split", "published")
+    assert "aligned with another reference" in error(capsys, "predict", workshop / "results" / "small", other)

@@ -1,0 +1,563 @@
+"""What the commands of :mod:`sane.cli` do. Results go to stdout, progress to stderr."""
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from zoo_common.checkpoint import load_checkpoint, save_checkpoint
+from zoo_common.datasets import Splits
+from zoo_common.files import write_json
+from zoo_common.zoo import Run, Zoo
+
+from sane import embedding, pretraining, zoos
+from sane.cli import (
+    AlignCommand,
+    DiagnoseCommand,
+    EmbedCommand,
+    FinetuneCommand,
+    PredictCommand,
+    PreprocessCommand,
+    PretrainCommand,
+    SampleCommand,
+    ZooInspectCommand,
+    ZooTrainCommand,
+)
+from sane.comparison import compare_groups, nearest_members, novelty_report, rival_groups
+from sane.config import config_to_yaml, load_config
+from sane.device import choose_device
+from sane.features import BASELINES
+from sane.images import first_images, images_of
+from sane.model import Halo, SaneModel, load_model
+from sane.population import FineTuning, Networks, image_batches
+from sane.prediction import Labelled, PropertyPredictor, Score
+from sane.preparation import PrepareConfig, Prepared, known_network, network_of, open_prepared, prepare, symmetry_of
+from sane.properties import DEFAULTS, read_property
+from sane.reconstruction import reconstruct
+from sane.sampling import KernelDensity, Sampler
+
+
+def preprocess(command: PreprocessCommand) -> None:
+    """Prepare a zoo and say what was found."""
+    size: Any = int(command.token_size) if command.token_size.lstrip("-").isdigit() else command.token_size
+    if isinstance(size, str) and size not in ("auto", "legacy-auto"):
+        raise ValueError(f"--token-size must be a number, auto or legacy-auto, got {size!r}")
+    config = PrepareConfig(
+        steps=command.steps,
+        token_size=size,
+        ignore_bn=command.ignore_bn,
+        normalization=command.normalization,
+        align=command.align,
+        split=command.split,
+        fractions=command.fractions,
+        max_runs=command.max_runs,
+        max_abs=command.max_abs,
+        min_quantile=command.min_accuracy_quantile,
+        legacy_double_bn=command.legacy_double_bn,
+    )
+    _check_folder(command.out)
+    prepared = prepare(command.zoo, config, quiet=command.json)
+    prepared.save(command.out)
+    _show(
+        {
+            "file": str(command.out),
+            "bytes": command.out.stat().st_size,
+            "checkpoints": {split: len(samples.runs) for split, samples in prepared.samples.items()},
+            "runs": {split: len(np.unique(samples.runs)) for split, samples in prepared.samples.items()},
+            "dropped": prepared.dropped or "none",
+            "tokens": f"{prepared.tokenizer.shape[0]} x {prepared.tokenizer.shape[1]}",
+            "not_in_tokens": list(prepared.tokenizer.uncovered) or "none",
+        },
+        command.json,
+    )
+
+
+def align(command: AlignCommand) -> None:
+    """Write an aligned copy of a zoo."""
+    zoo = Zoo.open(command.zoo)
+    prepared = prepare(
+        zoo, PrepareConfig(align="each" if command.each else "last", normalization="none"), quiet=command.json
+    )
+    copy = Zoo.create(
+        command.out, layout=zoo.layout, task=zoo.task, split=zoo.fractions, attributes=zoo.attributes, exist_ok=True
+    )
+    for split, samples in prepared.samples.items():
+        for number in dict.fromkeys(samples.runs.tolist()):
+            run = zoo.run(number)
+            if run.id in copy:
+                continue
+            rows = np.flatnonzero(samples.runs == number)
+            kept = samples.checkpoints[rows]
+            copy.append(
+                [
+                    Run(
+                        run.id,
+                        prepared.vectors(split, rows),
+                        np.asarray(run.steps)[kept],
+                        {name: np.asarray(values)[kept] for name, values in run.metrics.items()},
+                        run.config,
+                        {name: values[kept] for name, values in run.buffers.items()},
+                    )
+                ],
+                name=f"aligned-{run.id}",
+            )
+    _show({"zoo": str(command.out), "runs": len(copy), "dropped": prepared.dropped or "none"}, command.json)
+
+
+def pretrain(command: PretrainCommand) -> int:
+    """Train the autoencoder; 130 if Ctrl-C stopped it."""
+    overrides = list(command.overrides)
+    overrides += [f"device={command.device}"] if command.device else []
+    overrides += [f"seed={command.seed}"] if command.seed is not None else []
+    config = load_config(command.config, overrides)
+    if command.show:
+        print(config_to_yaml(config), end="")
+        return 0
+    if command.tune:
+        from sane.tuning import tune
+
+        _show(tune(config, command.tune), command.json)
+        return 0
+    if command.dry_run:
+        _show(dataclasses.asdict(pretraining.forecast(config)), command.json)
+        return 0
+    report = pretraining.pretrain(
+        config, resume=command.resume, limit_seconds=command.limit_seconds, quiet=command.json
+    )
+    if int(os.environ.get("RANK", "0")) > 0:  # under torchrun, the first process speaks
+        return 130 if report.interrupted else 0
+    _show({**dataclasses.asdict(report), "folder": str(report.folder), "finished": report.finished}, command.json)
+    if not report.finished:
+        print(f"stopped at step {report.step} of {report.steps}; go on with --resume", file=sys.stderr)
+    return 130 if report.interrupted else 0
+
+
+def diagnose(command: DiagnoseCommand) -> None:
+    """Reconstruct checkpoints and say which layers are lost."""
+    model, prepared = _model_and_zoo(command.model, command.prepared, command.device)
+    count = len(prepared.samples[command.split].runs)
+    rows = np.unique(np.linspace(0, max(count - 1, 0), min(command.num, count)).astype(np.int64))
+    if not len(rows):
+        raise ValueError(f"the {command.split} split has no checkpoints: choose another --split")
+    accuracy: Callable[[Tensor], Tensor] | None = None
+    condition: Callable[[Tensor], Tensor] | None = None
+    note = "none"
+    try:
+        networks, splits = _networks_and_images(prepared, command.data, command.data_dir)
+        accuracy = lambda vectors: networks.accuracy(vectors, first_images(splits.validation, 1000))
+        condition = _conditioning(networks, splits, command.condition, 0)
+    except (FileNotFoundError, ValueError) as error:
+        note = f"no accuracies: {error}"
+    found = reconstruct(model, prepared.vectors(command.split, rows), accuracy, condition)
+    if command.json:
+        faulty = [report.layer for report in found.faulty]
+        print(json.dumps({**dataclasses.asdict(found), "faulty": faulty, "note": note}))
+        return
+    _table(
+        ["layer", "error", "norm ratio", "cosine", "accuracy alone", "finding"],
+        [[r.layer, r.relative_error, r.norm_ratio, r.cosine, r.accuracy, r.finding] for r in found.layers],
+    )
+    _show(
+        {
+            "relative_error": found.relative_error,
+            "accuracy before": found.accuracy_before,
+            "accuracy after": found.accuracy_after,
+            "accuracy conditioned": found.accuracy_conditioned,
+            "note": note,
+        },
+        False,
+    )
+
+
+def embed(command: EmbedCommand) -> None:
+    """Embed networks and write the embeddings."""
+    _check_folder(command.out)
+    model = load_model(command.model, choose_device(command.device))
+    found = embedding.embed(model, command.source, halo=_halo(command.halo), quiet=command.json)
+    facts = {"runs": found.runs, "steps": found.steps, "method": found.method, "cosine": found.cosine}
+    save_checkpoint(command.out, {"embeddings": found.vectors}, facts)
+    summary = {"file": str(command.out), "embeddings": list(found.vectors.shape), "method": found.method}
+    _show(summary | ({} if found.cosine is None else {"cosine to full attention": found.cosine}), command.json)
+
+
+def predict(command: PredictCommand) -> None:
+    """Predict properties and compare with baselines."""
+    if unknown := [name for name in command.baselines if name not in BASELINES]:
+        raise ValueError(f"baseline {unknown[0]!r} is unknown; there are {', '.join(BASELINES)}")
+    if command.out is not None:
+        _check_folder(command.out)
+    model, prepared = _model_and_zoo(command.model, command.prepared, command.device)
+    halo = _halo(command.halo)
+
+    def labelled(zoo: Prepared, split: str) -> Labelled:
+        return labelled_split(model, zoo, split, command.properties, command.baselines, halo)
+
+    others = {str(path): _fitting(model, path) for path in command.elsewhere}
+    predictor = PropertyPredictor(labelled(prepared, "train"), labelled(prepared, "validation"))
+    elsewhere = {name: labelled(zoo, "test") for name, zoo in others.items()}
+    scores = predictor.judge(
+        labelled(prepared, "test"), elsewhere=elsewhere, resamples=command.resamples, seed=command.seed
+    )
+    cosine = model.compare(prepared.vectors("test", slice(0, 4)), halo) if halo is not None else None
+    report = {"scores": [dataclasses.asdict(score) for score in scores], "cosine to full attention": cosine}
+    if command.out is not None:
+        write_json(command.out, _finite(report))
+    if command.json:
+        print(json.dumps(_finite(report)))
+        return
+    _table(
+        [
+            "property",
+            "features",
+            "R2 (95 %)",
+            "tau",
+            "embedding ahead by (95 %)",
+            "runs",
+            *(f"elsewhere {n}" for n in others),
+        ],
+        [_row(score, list(others)) for score in scores],
+    )
+    for score in scores:
+        if score.note:
+            print(f"{score.property} from {score.features}: {score.note}")
+
+
+def labelled_split(
+    model: SaneModel,
+    prepared: Prepared,
+    split: str,
+    properties: Sequence[str] = DEFAULTS,
+    baselines: Sequence[str] = (),
+    halo: Halo | None = None,
+) -> Labelled:
+    """Embeddings, baseline features and properties of the checkpoints of a split."""
+    parts: dict[str, list[Tensor]] = {"embedding": [], **{name: [] for name in baselines}}
+    for _, vectors in prepared.blocks(split):
+        tokens = prepared.tokens(vectors)
+        parts["embedding"].append(model.embed(vectors, halo))
+        for name in baselines:
+            parts[name].append(BASELINES[name](vectors, tokens, prepared.tokenizer))
+    if not parts["embedding"]:
+        raise ValueError(f"the {split} split has no checkpoints: prepare the zoo with other fractions or more runs")
+    runs = np.array([prepared.zoo.run_ids[run] for run in prepared.samples[split].runs])
+    values = {name: prepared.properties(split, name) for name in properties}
+    return Labelled({name: torch.cat(found) for name, found in parts.items()}, values, runs)
+
+
+def sample(command: SampleCommand) -> None:
+    """Sample networks, and compare them with what costs nothing."""
+    if command.num < 1 or command.anchors < 1:
+        raise ValueError(f"--num ({command.num}) and --anchors ({command.anchors}) must be at least 1")
+    for path in (command.out, command.report):
+        if path is not None:
+            _check_folder(path)
+    model, prepared = _model_and_zoo(command.model, command.prepared, command.device)
+    judged = command.strategy != "plain" or not command.no_compare or command.choose == "best"
+    networks, splits = _networks_and_images(prepared, command.data, command.data_dir) if judged else (None, None)
+    anchors, scores = _anchors(prepared, command, networks, splits)
+    repair = _conditioning(networks, splits, command.condition, command.seed) if networks and splits else None
+    halo = _halo(command.halo)
+    density = KernelDensity(command.mode, command.bandwidth, command.shared_noise)
+    sampler = Sampler(model, model.encode(anchors, halo), density, halo, repair)
+
+    def score(vectors: Tensor) -> Tensor:
+        assert networks is not None and splits is not None, "judged says so"
+        return networks.accuracy(vectors, splits.validation)
+
+    if command.strategy == "plain":
+        found = sampler.plain(command.num, command.seed)
+    elif command.strategy == "subsampled":
+        found = sampler.subsampled(command.num, score, draws=command.draws, seed=command.seed)
+    else:
+        found = sampler.bootstrapped(
+            command.num, score, draws=command.draws, keep=command.keep, iterations=command.iterations, seed=command.seed
+        )
+    facts = {**model.facts, "strategy": command.strategy, "mode": command.mode, "seed": command.seed}
+    save_checkpoint(command.out, prepared.tokenizer.layout.unflatten(found.vectors), facts)
+    report: dict[str, Any] = {"file": str(command.out), "networks": len(found.vectors)}
+    if found.rounds:
+        report["rounds"] = [r._asdict() for r in found.rounds]
+    if not command.no_compare and networks is not None and splits is not None:
+        report |= _judged(found.vectors, anchors, scores, prepared, networks, splits, command)
+    if command.report is not None:
+        write_json(command.report, _finite(report))
+    if command.json:
+        print(json.dumps(_finite(report)))
+        return
+    if "groups" in report:
+        rows = [
+            [g[key] for key in ("name", "networks", "zero_shot", "zero_shot_std", "best")] for g in report["groups"]
+        ]
+        tuned = [
+            [g["finetuned"][-1] if g["finetuned"] else None, g["best_finetuned"], g["ensemble"]]
+            for g in report["groups"]
+        ]
+        head = [
+            "test accuracy",
+            "networks",
+            "zero-shot",
+            "std",
+            "best",
+            f"after {command.epochs} epochs",
+            "best",
+            "ensemble",
+        ]
+        _table(head, [[*a, *b] for a, b in zip(rows, tuned, strict=True)])
+    _show({key: value for key, value in report.items() if key not in ("groups", "rounds")}, False)
+
+
+def _anchors(
+    prepared: Prepared, command: SampleCommand, networks: Networks | None, splits: Splits | None
+) -> tuple[Tensor, Tensor]:
+    """Last checkpoints (a, d) of some training runs, and their validation accuracies (a,)."""
+    samples = prepared.samples["train"]
+    _, behind = np.unique(samples.runs[::-1], return_index=True)
+    last = np.sort(len(samples.runs) - 1 - behind)
+    if command.anchors > len(last):
+        raise ValueError(f"--anchors ({command.anchors}) is more than the {len(last)} training runs")
+    if command.choose == "random":
+        last = np.random.default_rng(command.seed).permutation(last)
+    if command.choose != "best":
+        last = last[: command.anchors]
+    vectors = prepared.vectors("train", last)
+    if networks is None or splits is None:
+        return vectors, torch.zeros(len(vectors))
+    scores = networks.accuracy(vectors, splits.validation)
+    best = scores.argsort(descending=True)[: command.anchors]
+    return vectors[best], scores[best]
+
+
+def _judged(
+    vectors: Tensor,
+    anchors: Tensor,
+    scores: Tensor,
+    prepared: Prepared,
+    networks: Networks,
+    splits: Splits,
+    command: SampleCommand,
+) -> dict[str, Any]:
+    """Accuracies of samples and rivals, before and after the same fine-tuning, and the novelty of the samples."""
+    constructor, _ = network_of(prepared.zoo)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(command.seed)
+        random = networks.layout.stack([constructor() for _ in range(len(vectors))]).detach()
+    rivals = rival_groups(vectors, anchors, scores, prepared.tokenizer, random, command.seed)
+    if networks.has_batch_norm:
+        repair = _conditioning(networks, splits, command.condition, command.seed)
+        assert repair is not None, "there are batch norms"
+        rivals = {name: group if name == "best anchor" else repair(group) for name, group in rivals.items()}
+    finetuning = FineTuning(epochs=command.epochs, lr=command.lr, limit=command.train_images)
+    groups = compare_groups(networks, {"sampled": vectors, **rivals}, splits, finetuning, command.seed)
+    symmetry = symmetry_of(prepared.zoo) if prepared.config.align != "none" else None
+
+    def near(queries: Tensor) -> Any:  # noqa: ANN401 (Nearest)
+        return nearest_members(queries, (block for _, block in prepared.blocks("train")), symmetry)
+
+    tests = prepared.samples["test"]
+    _, behind = np.unique(tests.runs[::-1], return_index=True)
+    held = len(tests.runs) - 1 - behind
+    unseen = near(prepared.vectors("test", held[:20])) if len(held) else None
+    return {
+        "groups": [dataclasses.asdict(group) for group in groups],
+        "novelty": dataclasses.asdict(novelty_report(near(vectors), unseen)),
+    }
+
+
+def finetune(command: FinetuneCommand) -> None:
+    """Train stacked networks on and judge them."""
+    if command.out is not None:
+        _check_folder(command.out)
+    content = load_checkpoint(command.networks)
+    constructor, shape = known_network(content.metadata, str(command.networks))
+    module, state = constructor(), content.state
+    if command.reset_classifier is not None:
+        module, state = reset_classifier(module, state, command.reset_classifier, command.seed)
+    networks = Networks(module)
+    splits = images_of(content.metadata, shape, command.data, command.data_dir)
+    vectors = networks.layout.flatten(state)
+    if vectors.ndim == 1:
+        vectors = vectors[None]
+    rows = [_accuracies(networks, vectors, splits)]
+    config = FineTuning(
+        1, command.batch, command.lr, command.optimizer, limit=command.train_images, schedule=command.schedule
+    )
+    for epoch in range(command.epochs):
+        vectors = networks.finetune(vectors, splits.train, config, seed=command.seed + epoch)
+        rows.append(_accuracies(networks, vectors, splits))
+    if command.out is not None:
+        save_checkpoint(command.out, networks.layout.unflatten(vectors), content.metadata)
+    ensemble = networks.ensemble_accuracy(vectors, splits.test)
+    _show(
+        {f"after epoch {k}" if k else "zero-shot": row for k, row in enumerate(rows)} | {"ensemble": ensemble},
+        command.json,
+    )
+
+
+def _accuracies(networks: Networks, vectors: Tensor, splits: Splits) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name in ("validation", "test"):
+        accuracy = networks.accuracy(vectors, getattr(splits, name))
+        found |= {f"{name}_acc_mean": accuracy.mean().item(), f"{name}_acc_std": accuracy.std(correction=0).item()}
+    return found
+
+
+def reset_classifier(
+    module: torch.nn.Module, state: Mapping[str, Tensor], classes: int, seed: int
+) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    """A network with another number of classes, and stacked weights with the last layer initialised as torch does.
+
+    Raises:
+        ValueError: The network does not end with a dense layer.
+    """
+    found = [(name, part) for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)]
+    if not found or list(module.state_dict())[-1].rpartition(".")[0] != found[-1][0]:
+        raise ValueError("the network does not end with a dense layer: its classifier cannot be replaced")
+    name, last = found[-1]
+    parent, _, child = name.rpartition(".")
+    count = next(iter(state.values())).shape[0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        heads = [torch.nn.Linear(last.in_features, classes, last.bias is not None) for _ in range(count)]
+    setattr(module.get_submodule(parent), child, heads[0])
+    fresh = {f"{name}.{key}": torch.stack([head.state_dict()[key] for head in heads]) for key in heads[0].state_dict()}
+    return module, {**state, **{key: value.detach() for key, value in fresh.items()}}
+
+
+def zoo_train(command: ZooTrainCommand) -> int:
+    """Make a zoo; 130 if Ctrl-C stopped it."""
+    options = dataclasses.asdict(command)
+    config = zoos.ZooConfig(**{f.name: options[f.name] for f in dataclasses.fields(zoos.ZooConfig)})
+    report = zoos.train_zoo(
+        command.directory,
+        config,
+        command.runs,
+        data_dir=command.data_dir,
+        limit_seconds=command.limit_seconds,
+        quiet=command.json,
+    )
+    _show({**dataclasses.asdict(report), "path": str(report.path)}, command.json)
+    if report.stopped:
+        print(f"stopped ({report.stopped}); the same command goes on from here", file=sys.stderr)
+    return 130 if report.stopped == "interrupted" else 0
+
+
+def zoo_inspect(command: ZooInspectCommand) -> None:
+    """Say what a zoo holds."""
+    zoo = Zoo.open(command.zoo)
+    counts = {split: len(zoo.split(split)) for split in ("train", "validation", "test")}
+    runs = np.repeat(np.arange(len(zoo)), [run.checkpoints for run in zoo.runs])
+    checkpoints = np.concatenate([np.zeros(0, np.int64), *(np.arange(run.checkpoints) for run in zoo.runs)])
+    spread: dict[str, Any] = {}
+    for name in dict.fromkeys([*DEFAULTS, *zoo.metrics]):
+        try:
+            values = read_property(zoo, name, runs, checkpoints)
+        except KeyError:
+            continue
+        known = values[np.isfinite(values)]
+        if len(known):
+            spread[name] = dict(
+                zip(("least", "median", "largest"), map(float, np.quantile(known, (0, 0.5, 1))), strict=True)
+            )
+    _show(
+        {"runs": len(zoo), "checkpoints": len(runs), "parameters": zoo.layout.size, **counts, "properties": spread},
+        command.json,
+    )
+
+
+def _model_and_zoo(model: Path, prepared: Path, device: str) -> tuple[SaneModel, Prepared]:
+    loaded = load_model(model, choose_device(device))
+    return loaded, _fitting(loaded, prepared)
+
+
+def _fitting(model: SaneModel, path: Path) -> Prepared:
+    """A prepared zoo with the statistics and tokens of a model.
+
+    Raises:
+        ValueError: It holds other networks, or was prepared otherwise.
+    """
+    prepared = open_prepared(path)
+    ours, there = model.tokenizer, prepared.tokenizer
+    if (ours.layout.names, ours.layout.shapes) != (there.layout.names, there.layout.shapes):
+        raise ValueError(f"{path} holds networks of another layout than the model: prepare a zoo of the same networks")
+    if (ours.token_size, ours.skipped) != (there.token_size, there.skipped):
+        raise ValueError(
+            f"{path}: tokens of {there.token_size} scalars with {len(there.skipped)} tensors left out, the model has "
+            f"{ours.token_size} and {len(ours.skipped)}: prepare the zoo with its token_size and ignore_bn"
+        )
+    prepared.normalization = model.normalization
+    if not torch.equal(prepared.reference, model.reference) and prepared.config.align != "none":
+        raise ValueError(f"{path} is aligned with another reference than the model: use the file it was trained on")
+    return prepared
+
+
+def _networks_and_images(prepared: Prepared, data: str | None, data_dir: Path | None) -> tuple[Networks, Splits]:
+    from sane.preparation import facts_of
+
+    constructor, shape = network_of(prepared.zoo)
+    return Networks(constructor()), images_of(facts_of(prepared.zoo), shape, data, data_dir)
+
+
+def _conditioning(networks: Networks, splits: Splits, batches: int, seed: int) -> Callable[[Tensor], Tensor] | None:
+    """What lets batch norms see training images; None for networks without them."""
+    if not networks.has_batch_norm:
+        return None
+    return lambda vectors: networks.condition(vectors, image_batches(splits.train, 32, batches, seed)).vectors
+
+
+def _halo(pair: tuple[int, int] | None) -> Halo | None:
+    return None if pair is None else Halo(*pair)
+
+
+def _check_folder(path: Path) -> None:
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {path.absolute().parent} does not exist")
+
+
+def _row(score: Score, others: Sequence[str]) -> list[Any]:
+    interval = f"{score.r2:.3f} ({score.low:.3f} .. {score.high:.3f})"
+    ahead = ""
+    if score.difference is not None:
+        ahead = f"{score.difference:.3f} ({score.difference_low:.3f} .. {score.difference_high:.3f})"
+    away = [
+        f"{score.elsewhere[name][0]:.3f}, tau {score.elsewhere[name][1]:.3f}" if name in score.elsewhere else ""
+        for name in others
+    ]
+    return [score.property, score.features, interval, score.kendall, ahead, score.runs, *away]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    text = [[f"{c:.4f}" if isinstance(c, float) else "" if c is None else str(c) for c in row] for row in rows]
+    widths = [max(len(row[k]) for row in [list(head), *text]) for k in range(len(head))]
+    for row in [list(head), *text]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 (a tree of JSON values)
+    """The same with null for numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(below) for below in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _show(result: Mapping[str, Any], as_json: bool, indent: str = "") -> None:
+    if as_json:
+        print(json.dumps(_finite(result), default=str))
+        return
+    for name, value in result.items():
+        if isinstance(value, Mapping):
+            print(f"{indent}{name}:")
+            _show(value, False, indent + "  ")
+        elif name == "seconds":
+            print(f"{indent}{name}: {datetime.timedelta(seconds=round(value))}")
+        elif value is not None:
+            print(f"{indent}{name}: {f'{value:,.4f}' if isinstance(value, float) else value}")

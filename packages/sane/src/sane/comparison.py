@@ -1,0 +1,192 @@
+"""Are sampled networks better than what costs nothing, and are they new?
+
+Shapes: ``n`` networks, ``a`` anchors, ``m`` members of a zoo, ``d`` numbers each.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from zoo_common.datasets import Splits
+from zoo_common.symmetry import Symmetry
+from zoo_common.tokens import ChannelTokenizer
+
+from sane.population import FineTuning, Networks
+
+_CANDIDATES = 32
+"""Members that are aligned with each network: the nearest ones before that."""
+
+
+@dataclass(frozen=True)
+class GroupScore:
+    """One way to obtain networks, before and after the same fine-tuning. Accuracies are fractions, on test data."""
+
+    name: str
+    networks: int
+    zero_shot: float
+    zero_shot_std: float
+    finetuned: tuple[float, ...]
+    """Mean after each epoch."""
+    finetuned_std: tuple[float, ...]
+    best: float
+    """Zero-shot, of the network that is best on validation data."""
+    best_finetuned: float | None
+    """The same after the last epoch, chosen anew."""
+    ensemble: float
+    """Accuracy of the mean logits after the last epoch."""
+
+
+def rival_groups(
+    samples: Tensor,
+    anchors: Tensor,
+    scores: Tensor,
+    tokenizer: ChannelTokenizer,
+    random: Tensor,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """What sampled networks are compared with.
+
+    Args:
+        samples: (n, d).
+        anchors: (a, d), aligned with each other.
+        scores: (a,) of the anchors on validation data.
+        tokenizer: Its layers scale the noise.
+        random: (n, d) random initialisations.
+        seed: Draws anchors and noise.
+
+    Returns:
+        Name -> networks: the best anchor (1, d); for each sample an anchor with noise (n, d) of the norm, in each layer,
+        of the median distance between samples and their nearest anchors; the average of the anchors (1, d); random
+        initialisations (n, d).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    nearest = anchors[torch.cdist(samples, anchors).argmin(1)]
+    noise = torch.randn(samples.shape, generator=generator)
+    shift = samples - nearest
+    for layer in tokenizer.layers:
+        for name in (layer.weight, layer.bias):
+            if name is not None:
+                span = tokenizer.layout.slices[name]
+                size = shift[:, span].norm(dim=1).median()
+                noise[:, span] *= size / noise[:, span].norm(dim=1, keepdim=True).clamp_min(1e-12)
+    chosen = torch.randint(len(anchors), (len(samples),), generator=generator)
+    noisy = anchors[chosen] + noise
+    for name in (n for n in tokenizer.layout.names if n.endswith("running_var")):
+        noisy[:, tokenizer.layout.slices[name]].clamp_min_(1e-5)
+    return {
+        "best anchor": anchors[scores.argmax()][None],
+        "anchor + noise": noisy,
+        "average of anchors": anchors.mean(0, keepdim=True),
+        "random initialisation": random,
+    }
+
+
+def compare_groups(
+    networks: Networks, groups: Mapping[str, Tensor], splits: Splits, finetuning: FineTuning, seed: int = 0
+) -> list[GroupScore]:
+    """Judge all groups on test data, zero-shot and after each epoch of the same fine-tuning.
+
+    Selections use validation data alone.
+    """
+    sizes = [len(vectors) for vectors in groups.values()]
+    joined = torch.cat(list(groups.values()))
+    tests, validations = [networks.accuracy(joined, splits.test)], [networks.accuracy(joined, splits.validation)]
+    trained = joined
+    for epoch in range(finetuning.epochs):
+        one = FineTuning(**{**vars(finetuning), "epochs": 1})
+        trained = networks.finetune(trained, splits.train, one, seed=seed + epoch)
+        tests.append(networks.accuracy(trained, splits.test))
+        validations.append(networks.accuracy(trained, splits.validation))
+    scores, start = [], 0
+    for name, size in zip(groups, sizes, strict=True):
+        rows = slice(start, start + size)
+        test, validation = ([row[rows] for row in table] for table in (tests, validations))
+        scores.append(
+            GroupScore(
+                name,
+                size,
+                test[0].mean().item(),
+                test[0].std(correction=0).item(),
+                tuple(row.mean().item() for row in test[1:]),
+                tuple(row.std(correction=0).item() for row in test[1:]),
+                test[0][validation[0].argmax()].item(),
+                test[-1][validation[-1].argmax()].item() if finetuning.epochs else None,
+                networks.ensemble_accuracy(trained[rows], splits.test),
+            )
+        )
+        start += size
+    return scores
+
+
+class Nearest(NamedTuple):
+    """The nearest member of a zoo for each network."""
+
+    distance: Tensor
+    """(n,) Euclidean distance, by the norm of the network, after alignment with it."""
+    member: Tensor
+    """(n,) index of the member."""
+
+
+def nearest_members(networks: Tensor, members: Iterable[Tensor], symmetry: Symmetry | None) -> Nearest:
+    """Distance to the nearest member up to the order of hidden units.
+
+    The members nearest without alignment (32 for each network) are aligned with it by weight matching, so distances are
+    upper bounds.
+
+    Args:
+        networks: (n, d), in canonical form like the members.
+        members: Blocks (m, d) of aligned members.
+        symmetry: Of the networks; None compares them as they are.
+
+    Raises:
+        ValueError: No members.
+    """
+    count = 0
+    found: tuple[Tensor, Tensor, Tensor] | None = None  # distance (n, c), index (n, c), members (n, c, d)
+    for block in members:
+        distance = torch.cdist(networks, block)
+        near, place = distance.topk(min(_CANDIDATES, len(block)), largest=False)
+        fresh = (near, place + count, block[place])
+        count += len(block)
+        if found is not None:
+            fresh = tuple(torch.cat(pair, dim=1) for pair in zip(found, fresh, strict=True))  # type: ignore[assignment]
+            keep = fresh[0].argsort(dim=1)[:, :_CANDIDATES]
+            wide = keep[..., None].expand(-1, -1, fresh[2].shape[2])
+            fresh = (fresh[0].gather(1, keep), fresh[1].gather(1, keep), fresh[2].gather(1, wide))
+        found = fresh
+    if found is None:
+        raise ValueError("there are no members to compare with")
+    if symmetry is not None:
+        rows = [
+            (symmetry.align(near, network) - network).norm(dim=1)
+            for near, network in zip(found[2], networks, strict=True)
+        ]
+        found = (torch.minimum(torch.stack(rows), found[0]), *found[1:])
+    best = found[0].argmin(1, keepdim=True)
+    distance = found[0].gather(1, best)[:, 0] / networks.norm(dim=1).clamp_min(1e-12)
+    return Nearest(distance, found[1].gather(1, best)[:, 0])
+
+
+@dataclass(frozen=True)
+class NoveltyReport:
+    """Distances (by the norm) to the nearest training checkpoint, of samples and of runs that training has not seen."""
+
+    samples: float
+    """Median."""
+    samples_least: float
+    unseen: float | None
+    """Median of unseen checkpoints; None if there are none."""
+    unseen_low: float | None
+    """Their 5 % quantile."""
+    copies: float
+    """Share of samples nearer than that quantile (without unseen runs: than 1 % of the norm)."""
+
+
+def novelty_report(samples: Nearest, unseen: Nearest | None) -> NoveltyReport:
+    """How new samples are, in comparison with unseen runs."""
+    low = None if unseen is None else float(torch.quantile(unseen.distance, 0.05))
+    copies = (samples.distance < (0.01 if low is None else low)).double().mean()
+    middle = None if unseen is None else float(unseen.distance.median())
+    return NoveltyReport(float(samples.distance.median()), float(samples.distance.min()), middle, low, float(copies))

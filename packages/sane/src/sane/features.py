@@ -1,0 +1,112 @@
+"""Features of checkpoints that embeddings are compared with.
+
+Shapes: ``n`` checkpoints of ``d`` numbers, ``k`` tokens of ``i`` scalars, L layers.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from zoo_common.tokens import ChannelTokenizer
+
+_PERCENTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
+SPECTRAL = ("log_norm", "alpha", "alpha_weighted", "log_alpha_norm", "log_spectral_norm", "stable_rank")
+"""What :func:`spectral_features` gives for each layer."""
+
+
+def layer_statistics(tokens: Tensor, tokenizer: ChannelTokenizer, *, include_padding: bool = False) -> Tensor:
+    """Mean, population variance and percentiles 1, 25, 50, 75, 99 of every layer: (n, 7L) float64.
+
+    Args:
+        tokens: (n, k, i).
+        tokenizer: Where layers and padding are.
+        include_padding: Count the zeros of the padding, as published.
+    """
+    found = []
+    for layer in tokenizer.layers:
+        values = tokens[:, layer.start : layer.stop].flatten(1).double()
+        if not include_padding:
+            values = values[:, tokenizer.mask[layer.start : layer.stop].flatten().to(values.device)]
+        ordered = values.sort(1)[0]
+        places = torch.tensor(_PERCENTILES, dtype=torch.float64) * (values.shape[1] - 1)
+        low, share = places.long(), (places - places.floor()).to(values.device)
+        high = (low + 1).clamp_max(values.shape[1] - 1)
+        percentiles = torch.lerp(ordered[:, low], ordered[:, high], share.expand(len(values), -1))
+        found.append(torch.cat([values.mean(1)[:, None], values.var(1, correction=0)[:, None], percentiles], dim=1))
+    return torch.cat(found, dim=1)
+
+
+def weight_chunk(vectors: Tensor, size: int, where: Literal["first", "last", "random"], seed: int = 0) -> Tensor:
+    """``size`` adjacent weights, the same ones of every checkpoint: (n, size)."""
+    last = vectors.shape[1] - size
+    if last < 0:
+        raise ValueError(f"a chunk of {size} weights is longer than a checkpoint ({vectors.shape[1]})")
+    drawn = int(torch.randint(last + 1, (), generator=torch.Generator().manual_seed(seed)))
+    start = {"first": 0, "last": last, "random": drawn}[where]
+    return vectors[:, start : start + size]
+
+
+def spectral_features(vectors: Tensor, tokenizer: ChannelTokenizer, *, summary: bool = False) -> Tensor:
+    """Features of the eigenvalues of W'W of every weight matrix: (n, 6L) float64, in the order of :data:`SPECTRAL`.
+
+    A convolution has a matrix for each place of its kernel, whose eigenvalues are pooled. The features follow WeightWatcher (Martin, Peng, Mahoney 2021); alpha is the exponent of a power law fitted to the tail by
+    maximum likelihood, which begins where the Kolmogorov-Smirnov distance is least (Clauset et al. 2009).
+
+    Args:
+        vectors: Weights (n, d), raw.
+        tokenizer: Its layers that have matrices of at least two rows and columns are used.
+        summary: Take the mean over layers, (n, 6).
+    """
+    found = []
+    shapes = dict(zip(tokenizer.layout.names, tokenizer.layout.shapes, strict=True))
+    for layer in tokenizer.layers:
+        shape = shapes[layer.weight]
+        if "weight" not in layer.weight or len(shape) < 2 or min(shape[:2]) < 2:
+            continue
+        weights = vectors[:, tokenizer.layout.slices[layer.weight]].reshape(-1, *shape[:2], math.prod(shape[2:]))
+        values = torch.linalg.svdvals(weights.double().movedim(3, 1)).square().flatten(1)
+        if len(shape) > 2:
+            values = values / 2  # the package's scale for convolutions
+        values = values.sort(1, descending=True)[0].clamp_min(1e-20)
+        norm, largest = values.sum(1), values[:, 0]
+        alpha = power_law_exponent(values)
+        log_alpha_norm = torch.logsumexp(alpha[:, None] * values.log(), 1) / torch.tensor(10.0).log()
+        rows = [norm.log10(), alpha, alpha * largest.log10(), log_alpha_norm, largest.log10(), norm / largest]
+        found.append(torch.stack(rows, 1))
+    if not found:
+        raise ValueError("no layer has a matrix of two rows and columns: there is no spectrum")
+    return torch.stack(found).mean(0) if summary else torch.cat(found, dim=1)
+
+
+def power_law_exponent(values: Tensor) -> Tensor:
+    """Exponents (n,) of the tails of positive numbers (n, m), sorted in falling order."""
+    count = torch.arange(1, values.shape[1] + 1, dtype=values.dtype, device=values.device)
+    logs = values.log()
+    excess = logs.cumsum(1) - count * logs  # sum over the tail of log(value / least)
+    alpha = 1 + count / excess.clamp_min(1e-12)
+    model = 1 - torch.exp((1 - alpha)[:, :, None] * (logs[:, None, :] - logs[:, :, None]))  # (n, begin, value)
+    empirical = 1 - count[None, None, :] / count[None, :, None]
+    tail = count[None, None, :] <= count[None, :, None]
+    distance = torch.where(tail, (model - empirical).abs(), 0.0).amax(2)
+    distance[:, :1] = torch.inf  # one value is no tail
+    return alpha.gather(1, distance.argmin(1, keepdim=True))[:, 0]
+
+
+def to_polar(x: Tensor) -> Tensor:
+    """Vectors (n, d) as the radius and the d arccosines of the coordinates by the radius: (n, d + 1)."""
+    radius = x.norm(dim=1, keepdim=True)
+    return torch.cat([radius, torch.acos((x / radius).clamp(-1, 1))], dim=1)
+
+
+Baseline = Callable[[Tensor, Tensor, ChannelTokenizer], Tensor]
+BASELINES: dict[str, Baseline] = {
+    "layer statistics": lambda raw, tokens, tokenizer: layer_statistics(tokens, tokenizer),
+    "weights": lambda raw, tokens, tokenizer: raw,
+    "first weights": lambda raw, tokens, tokenizer: weight_chunk(raw, min(128, raw.shape[1]), "first"),
+    "last weights": lambda raw, tokens, tokenizer: weight_chunk(raw, min(128, raw.shape[1]), "last"),
+    "random weights": lambda raw, tokens, tokenizer: weight_chunk(raw, min(128, raw.shape[1]), "random"),
+    "spectra": lambda raw, tokens, tokenizer: spectral_features(raw, tokenizer),
+}
+"""Name -> features from aligned weights (n, d) and their normalised tokens (n, k, i)."""

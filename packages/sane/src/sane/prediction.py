@@ -1,0 +1,301 @@
+"""Predicting properties of networks from features, without self-deception.
+
+Ridge regressions are fitted on training runs, their strength is chosen on validation runs only, and they are judged on
+test runs, with intervals from resampling whole runs: checkpoints of one run are not independent.
+
+Shapes: ``n`` checkpoints with ``d`` features, ``r`` regularisations, ``s`` resamples.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+REGULARISATIONS = tuple(value * 10.0**power for power in range(3, -6, -1) for value in (1.0, 0.3))[:-1]
+"""Strengths of the ridge to choose from, falling from 1000 to 1e-5."""
+
+
+class Ridge(NamedTuple):
+    """A linear predictor."""
+
+    weights: Tensor
+    """(d + 1,) float64, the last one for the constant."""
+    regularisation: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Predictions (n,) for features (n, d)."""
+        return _with_ones(x) @ self.weights
+
+
+def ridge_path(x: Tensor, y: Tensor, strengths: Sequence[float] = REGULARISATIONS) -> Tensor:
+    """Weights (r, d + 1) of ridge regressions with all strengths, from one decomposition.
+
+    Solves (X'X + r I) b = X'y in float64, where X has a column of ones that is regularised too, as published.
+
+    Args:
+        x: Features (n, d).
+        y: Targets (n,), without NaN.
+        strengths: The values of r.
+    """
+    x, y = _with_ones(x), y.double()
+    r = torch.tensor(strengths, dtype=torch.float64)[:, None]
+    if x.shape[1] <= x.shape[0]:
+        values, vectors = torch.linalg.eigh(x.T @ x)
+        return (vectors.T @ (x.T @ y) / (values.clamp_min(0) + r)) @ vectors.T
+    values, vectors = torch.linalg.eigh(x @ x.T)
+    return (vectors.T @ y / (values.clamp_min(0) + r)) @ vectors.T @ x
+
+
+def fit_ridge(
+    x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, strengths: Sequence[float] = REGULARISATIONS
+) -> Ridge:
+    """The ridge regression of the best R2 on validation data; NaN targets are dropped on both sides."""
+    x, y = _known(x, y)
+    x_val, y_val = _known(x_val, y_val)
+    path = ridge_path(x, y, strengths)
+    scores = r_squared(_with_ones(x_val) @ path.T, y_val[:, None])
+    best = int(torch.where(scores.isnan(), -torch.inf, scores).argmax())
+    return Ridge(path[best], float(strengths[best]))
+
+
+def r_squared(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """1 - mean squared error / variance of the targets; NaN if these are all alike.
+
+    Args:
+        prediction: (n, ...).
+        target: (n, ...), broadcast against the predictions.
+        weights: (s, n) weights of the checkpoints, for resampling; the result is then (s, ...).
+    """
+    prediction, target = prediction.double(), target.double()
+    w = torch.ones(1, len(target), dtype=torch.float64) if weights is None else weights.double()
+    w = w / w.sum(1, keepdim=True)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.einsum("sn,n...->s...", w, values)
+
+    center = target.mean(0)  # keeps the difference of squares accurate
+    shifted = target - center
+    variance = mean(shifted.square()) - mean(shifted).square()
+    scale = shifted.square().amax(0) if len(target) else torch.zeros(())
+    result = 1 - mean((target - prediction).square()) / torch.where(variance > 1e-12 * scale, variance, torch.nan)
+    return result[0] if weights is None else result
+
+
+def kendall_tau(prediction: Tensor, target: Tensor) -> float:
+    """Rank correlation tau-b; NaN if one side is constant."""
+    from scipy.stats import kendalltau
+
+    if len(prediction) < 2 or prediction.unique().numel() < 2 or target.unique().numel() < 2:
+        return float("nan")
+    return float(kendalltau(prediction.numpy(), target.numpy()).statistic)
+
+
+def resample_runs(runs: np.ndarray, resamples: int, seed: int) -> Tensor:
+    """Weights (s, n) of the checkpoints when whole runs (n,) are drawn with replacement."""
+    names, index = np.unique(runs, return_inverse=True)
+    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
+    return torch.from_numpy(draws[:, index]).double()
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well one set of features predicts one property."""
+
+    features: str
+    property: str
+    r2: float
+    """On the test runs."""
+    low: float
+    high: float
+    """95 % interval of ``r2`` by resampling the test runs."""
+    kendall: float
+    r2_train: float
+    r2_validation: float
+    regularisation: float
+    runs: int
+    """Test runs."""
+    note: str = ""
+    """What was dropped, or why there is no number."""
+    difference: float | None = None
+    """R2 of the first features minus that of these, on the same resamples."""
+    difference_low: float | None = None
+    difference_high: float | None = None
+    elsewhere: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Other zoo -> (R2, Kendall's tau) of the same predictor there: out of distribution."""
+
+
+class Labelled(NamedTuple):
+    """Features and properties of one group of checkpoints."""
+
+    features: Mapping[str, Tensor]
+    """Name -> (n, d)."""
+    properties: Mapping[str, np.ndarray]
+    """Name -> (n,)."""
+    runs: np.ndarray
+    """Run of each checkpoint, (n,)."""
+
+
+class PropertyPredictor:
+    """Ridge regressions from every set of features to every property.
+
+    Args:
+        train: Fits the weights.
+        validation: Chooses the strength of the ridge.
+        least_runs: Runs that each group must have.
+
+    Raises:
+        ValueError: A group has too few runs, or a run is in both groups.
+    """
+
+    def __init__(self, train: Labelled, validation: Labelled, *, least_runs: int = 2) -> None:
+        """See the class."""
+        for name, group in (("training", train), ("validation", validation)):
+            check_runs(name, group, least_runs)
+        if shared := set(train.runs.tolist()) & set(validation.runs.tolist()):
+            raise ValueError(f"run {min(shared)} is in the training and in the validation group: split by run")
+        self.train, self.validation = train, validation
+        self.scales = {name: _scale(x) for name, x in train.features.items()}
+        self.fits: dict[tuple[str, str], Ridge | str] = {}
+        for features, x in train.features.items():
+            for name, y in train.properties.items():
+                self.fits[features, name] = self._fit(features, name, x, y)
+
+    def _fit(self, features: str, name: str, x: Tensor, y: np.ndarray) -> Ridge | str:
+        groups = [(x, y), (self.validation.features[features], self.validation.properties[name])]
+        for (_, values), group in zip(groups, ("training", "validation"), strict=True):
+            known = values[np.isfinite(values)]
+            if len(known) < 2:
+                return f"{name} is known for {len(known)} {group} checkpoints: nothing to fit"
+            if np.ptp(known) == 0:
+                return f"{name} is {known[0]:g} for all {group} checkpoints: nothing to predict"
+        (x, y_train), (x_val, y_val) = ((self._scaled(features, a), torch.from_numpy(b)) for a, b in groups)
+        return fit_ridge(x, y_train, x_val, y_val)
+
+    def _scaled(self, features: str, x: Tensor) -> Tensor:
+        center, scale = self.scales[features]
+        return (x.double() - center) / scale
+
+    def predict(self, features: str, name: str, x: Tensor) -> Tensor:
+        """Predictions (n,) of a property from features (n, d).
+
+        Raises:
+            KeyError: There is no such predictor.
+            ValueError: The property could not be learned; the message says why.
+        """
+        fit = self.fits[features, name]
+        if isinstance(fit, str):
+            raise ValueError(fit)
+        return fit(self._scaled(features, x))
+
+    def judge(
+        self,
+        test: Labelled,
+        *,
+        elsewhere: Mapping[str, Labelled] | None = None,
+        resamples: int = 1000,
+        seed: int = 0,
+        least_runs: int = 2,
+    ) -> list[Score]:
+        """Scores on test runs; the first features are compared with all others.
+
+        Args:
+            test: Runs that took no part in fitting.
+            elsewhere: Other zoos, on which the same predictors are judged too.
+            resamples: Draws of the test runs for the intervals.
+            seed: Draws them.
+            least_runs: Runs that the test group must have.
+
+        Raises:
+            ValueError: Too few test runs, or one that took part in fitting.
+        """
+        check_runs("test", test, least_runs)
+        if shared := set(test.runs.tolist()) & {*self.train.runs.tolist(), *self.validation.runs.tolist()}:
+            raise ValueError(f"test run {min(shared)} took part in fitting: split by run")
+        weights = resample_runs(test.runs, resamples, seed)
+        scores: list[Score] = []
+        for name in test.properties:
+            first: tuple[float, Tensor] | None = None
+            for features in test.features:
+                score, drawn = self._score(features, name, test, weights, elsewhere or {})
+                if first is None:
+                    first = (score.r2, drawn)
+                elif len(drawn) and len(first[1]):
+                    gap = _interval(first[1] - drawn)
+                    score = _with_difference(score, first[0] - score.r2, gap)
+                scores.append(score)
+        return scores
+
+    def _score(
+        self, features: str, name: str, test: Labelled, weights: Tensor, elsewhere: Mapping[str, Labelled]
+    ) -> tuple[Score, Tensor]:
+        """Score of one predictor, and its R2 on every resample (s,)."""
+        fit, nan = self.fits[features, name], float("nan")
+        target = torch.from_numpy(test.properties[name])
+        known = target.isfinite()
+        runs = len(np.unique(test.runs[known.numpy()]))
+        notes = [f"{int((~known).sum())} of {len(known)} test checkpoints have no {name}"] if not known.all() else []
+        if isinstance(fit, str) or not known.any() or target[known].unique().numel() < 2:
+            reason = fit if isinstance(fit, str) else f"{name} is the same for all test checkpoints: R2 has no meaning"
+            note = "; ".join([reason, *notes])
+            return Score(features, name, nan, nan, nan, nan, nan, nan, nan, runs, note), torch.zeros(0)
+        predicted = fit(self._scaled(features, test.features[features]))
+        drawn = r_squared(predicted[known], target[known], weights[:, known])
+        low, high = _interval(drawn)
+        others = {zoo: self._elsewhere(features, name, group) for zoo, group in elsewhere.items()}
+        train, validation = (
+            float(r_squared(*self._pairs(features, name, group))) for group in (self.train, self.validation)
+        )
+        value, tau = float(r_squared(predicted[known], target[known])), kendall_tau(predicted[known], target[known])
+        note = "; ".join(notes)
+        score = Score(
+            features, name, value, low, high, tau, train, validation, fit.regularisation, runs, note, elsewhere=others
+        )
+        return score, drawn
+
+    def _elsewhere(self, features: str, name: str, group: Labelled) -> tuple[float, float]:
+        predicted, target = self._pairs(features, name, group)
+        return float(r_squared(predicted, target)), kendall_tau(predicted, target)
+
+    def _pairs(self, features: str, name: str, group: Labelled) -> tuple[Tensor, Tensor]:
+        """Predictions and targets where the property is known."""
+        x, y = _known(group.features[features], torch.from_numpy(group.properties[name]))
+        return self.predict(features, name, x), y
+
+
+def check_runs(name: str, group: Labelled, least: int) -> None:
+    """Reject a group of too few runs."""
+    count = len(np.unique(group.runs))
+    if count < least:
+        raise ValueError(
+            f"the {name} split has {count} runs, at least {least} are needed: use a larger zoo or other fractions"
+        )
+
+
+def _with_difference(score: Score, value: float, interval: tuple[float, float]) -> Score:
+    return replace(score, difference=value, difference_low=interval[0], difference_high=interval[1])
+
+
+def _interval(drawn: Tensor) -> tuple[float, float]:
+    finite = drawn[drawn.isfinite()]
+    if not len(finite):
+        return float("nan"), float("nan")
+    low, high = torch.quantile(finite, torch.tensor([0.025, 0.975], dtype=finite.dtype)).tolist()
+    return low, high
+
+
+def _scale(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every feature on the training runs, so that one ridge fits all kinds."""
+    scale = x.double().std(0, correction=0)
+    return x.double().mean(0), torch.where(scale > 0, scale, 1.0)
+
+
+def _known(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    known = y.isfinite()
+    return x[known], y[known]
+
+
+def _with_ones(x: Tensor) -> Tensor:
+    return torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64)], dim=1)

@@ -1,0 +1,71 @@
+"""A grid of pretrainings with Ray Tune (extra ``tune``)."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sane.config import Config, config_to_yaml, load_config
+from sane.pretraining import pretrain
+
+
+def tune(config: Config, choices: Sequence[str]) -> dict[str, Any]:
+    """Train every combination of choices, each in a folder of its own beside the others.
+
+    Args:
+        config: What all have in common.
+        choices: ``key=value,value,...`` each, for example ``training.gamma=0.05,0.5``.
+
+    Returns:
+        ``best`` (name and settings of the least validation loss) and ``trials`` (name to its last metrics).
+
+    Raises:
+        ImportError: The extra ``tune`` is missing.
+        ValueError: A choice is not of this form, or a value does not fit; nothing is trained.
+    """
+    try:
+        from ray import tune as ray_tune
+    except ImportError as error:
+        raise ImportError("--tune needs Ray Tune: pip install 'sane[tune]'") from error
+    space: dict[str, list[Any]] = {}
+    for choice in choices:
+        key, separator, text = choice.partition("=")
+        if not separator or not text:
+            raise ValueError(
+                f"--tune {choice!r} must have the form key=value,value, for example training.gamma=0.05,0.5"
+            )
+        space[key] = [yaml.safe_load(value) for value in text.split(",")]
+    common = config_to_yaml(dataclasses.replace(config, prepared=str(Path(config.prepared).absolute())))
+    folder = config.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "common.yaml").write_text(common)
+    for key, values in space.items():
+        for value in values:
+            load_config(folder / "common.yaml", [f"{key}={value}"])
+
+    def trial(chosen: dict[str, Any]) -> None:
+        name = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in chosen.items())
+        one = load_config(
+            folder / "common.yaml", [*(f"{k}={v}" for k, v in chosen.items()), f"name={name}", f"out_dir={folder}"]
+        )
+        report = pretrain(one, resume=(one.folder / "config.yaml").exists(), quiet=True)
+        lines = [json.loads(line) for line in (report.folder / "metrics.jsonl").read_text().splitlines()]
+        last: dict[str, Any] = {}
+        for line in lines:
+            last |= line
+        ray_tune.report({"name": name, **last})
+
+    tuner = ray_tune.Tuner(
+        trial,
+        param_space={key: ray_tune.grid_search(values) for key, values in space.items()},
+        run_config=ray_tune.RunConfig(name="ray", storage_path=str(folder)),
+    )
+    results = tuner.fit()
+    found = [results[k] for k in range(len(results))]
+    trials = {r.metrics["name"]: {**(r.config or {}), **r.metrics} for r in found if r.metrics}
+    score = {name: row.get("loss_validation", row.get("loss", float("inf"))) for name, row in trials.items()}
+    best = min(score, key=lambda name: score[name])
+    return {"best": best, "trials": trials, "failed": len(results.errors)}

@@ -1,0 +1,125 @@
+"""The autoencoder: published keys, sizes, outputs, losses and optimizer steps."""
+
+import pytest
+import torch
+from sane.autoencoder import Autoencoder, AutoencoderConfig
+from sane.losses import Objective, nt_xent, positive_similarity, reconstruction
+from sane.optimization import OptimizationConfig, clip_gradients, make_optimizer, make_schedule
+from support.autoencoders import filled_autoencoder_state, recipe_positions
+from support.golden import assert_close, assert_stats, fill
+
+
+def config_of(published):
+    return AutoencoderConfig(
+        token_size=published["ae:i_dim"],
+        max_positions=tuple(published["ae:max_positions"]),
+        window=published["training::windowsize"],
+        d_model=published["ae:d_model"],
+        heads=published["ae:nhead"],
+        layers=published["ae:num_layers"],
+        latent=published["ae:lat_dim"],
+        dropout=published["ae:dropout"],
+        kind="gpt2" if published["ae:transformer_type"] == "gpt2" else "legacy_pytorch",
+    )
+
+
+@pytest.mark.golden("ae.json", cases="cases")
+def test_keys_and_outputs_are_the_published_ones(golden):
+    case, arrays = golden.case, golden.tensors()
+    config = config_of(case["config"])
+    with torch.device("meta"):
+        model = Autoencoder(config).eval()
+    assert sum(p.numel() for p in model.parameters()) == case["n_params"]
+    keys = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    if "state_dict_keys" in case:
+        assert keys == case["state_dict_keys"]
+        assert list(keys) == list(case["state_dict_keys"])
+    if "tag" not in case:
+        return
+    tag, shape = case["tag"], (case["batch"], case["seq_len"])
+    model.load_state_dict(filled_autoencoder_state(model, tag, case["scale"]), assign=True)
+    x = fill(tag + "x", (*shape, config.token_size))
+    p = recipe_positions(tag + "p", config.max_positions, shape)
+    with torch.no_grad():
+        z = model.encode(x, p)
+        results = {"z": z, "y": model.decode(z, p), "embedding_mean_over_tokens": model.embed(x, p)}
+        if shape[1] == config.window:
+            results["projection"] = model.project(z)
+    for name, result in results.items():
+        if case.get(name):
+            assert_stats(result, case[name], "sane/forward", name)
+    if "z_token_l2_batch0" in case:
+        stored = case["z_token_l2_batch0"]
+        assert_close(z[0].norm(dim=1)[: len(stored)], stored, "sane/forward", "norms of latents")
+    for name, result in (("z", z), ("y", results["y"]), ("zp", results.get("projection"))):
+        stored = arrays.get(f"{tag}.{name}")
+        if stored is not None and result is not None and stored.shape == result.shape:
+            assert_close(result, stored, "sane/forward", name)
+
+
+@pytest.mark.golden("losses.json", cases="values")
+def test_losses_are_the_published_ones(golden):
+    case = golden.case
+    z_i, z_j = fill("loss/zi", (8, 12)), fill("loss/zj", (8, 12))
+    y, m = fill("loss/y", (16, 5, 9)), fill("loss/m", (16, 5, 9)) > -0.5
+    t = fill("loss/t", (16, 5, 9)) * m
+    if case["loss"] == "nt_xent":
+        values = [nt_xent(z_i, z_j, case["temperature"]), nt_xent(z_i.relu(), z_j.relu(), case["temperature"])]
+        assert_close(values, [case["value"], case["value_on_relu_inputs"]], "sane/loss")
+    elif case["loss"] == "nt_xent_positive_only":
+        assert_close(positive_similarity(z_i, z_j, case["temperature"], legacy=True), case["value"], "sane/loss")
+    elif case["loss"].startswith("masked_recon"):
+        assert_close(reconstruction(y, t, m, reduction=case["loss"].split()[1]), case["value"], "sane/loss")
+    else:
+        options = {key: case[key] for key in ("gamma", "temperature", "z_var_penalty", "z_norm_penalty")}
+        assert_terms(Objective(**options)(z_i, z_j, y, t, m), case)
+
+
+def assert_terms(terms, stored):
+    names = {"loss": "loss/loss", "contrast": "loss/loss_contrast", "reconstruction": "loss/loss_recon"}
+    names |= {"rsq": "loss/rsq", "z_norm": "debug/z_norm", "z_var": "debug/z_var"}
+    for ours, name in names.items():
+        if name in stored:
+            assert_close(getattr(terms, ours), stored[name], "sane/steps" if "step" in stored else "sane/loss", name)
+
+
+@pytest.mark.golden("train_steps.json", cases="runs")
+def test_optimizer_steps_are_the_published_ones(golden):
+    case, published, tag = golden.case, golden.case["config"], golden.case["tag"]
+    config = config_of(published)
+    model = Autoencoder(config)
+    model.load_state_dict(filled_autoencoder_state(model, tag, case["scale"]))
+    optim = OptimizationConfig(
+        optimizer=published["optim::optimizer"],
+        lr=published["optim::lr"],
+        weight_decay=published["optim::wd"],
+        schedule="onecycle" if published["optim::scheduler"] else "constant",
+        clipping=published.get("training::gradient_clipping") or "none",
+        clip=published.get("training::gradient_clipp_value", 5.0),
+    )
+    optimizer = make_optimizer(model, optim)
+    steps = published["training::epochs_train"] * published["training::steps_per_epoch"]
+    schedule = make_schedule(optimizer, optim, steps)
+    objective = Objective(gamma=published["training::gamma"], temperature=published["training::temperature"])
+    shape = (published["trainset::batchsize"], config.window)
+    for stored in case["steps"]:
+        name = f"{tag}step{stored['step']}"
+        mask = fill(f"{name}/m", (*shape, config.token_size)) > -0.5
+        views = [fill(f"{name}/{k}/x", (*shape, config.token_size)) * mask for k in "ij"]
+        p = recipe_positions(f"{name}/i/p", config.max_positions, shape).repeat(2, 1, 1)
+        group = optimizer.param_groups[0]
+        assert_close([group["lr"], group["betas"][0]], [stored["lr_used"], stored["beta1_used"]], "float64")
+        _, y, projected = model(torch.cat(views), p)
+        terms = objective(*projected.chunk(2), y, torch.cat(views), mask.repeat(2, 1, 1))
+        assert_terms(terms, stored)
+        optimizer.zero_grad()
+        terms.loss.backward()
+        clip_gradients(model, optim)
+        optimizer.step()
+        if schedule is not None and stored["step"] + 1 < steps:
+            schedule.step()
+    state = model.state_dict()
+    for name, stats in case["params_after"].items():
+        assert_stats(state[name], stats, "sane/steps", name)
+    total = torch.stack([p.detach().double().square().sum() for p in model.parameters()]).sum().sqrt()
+    assert_close(total, case["global_param_l2_after"], "sane/steps")

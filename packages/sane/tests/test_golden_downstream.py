@@ -1,0 +1,83 @@
+"""Features and regressions of the published property prediction."""
+
+import pytest
+import torch
+from sane.features import SPECTRAL, layer_statistics, spectral_features, to_polar
+from sane.networks import build_network
+from sane.prediction import REGULARISATIONS, fit_ridge, r_squared, ridge_path
+from support.autoencoders import filled_state
+from support.golden import assert_close, fill
+from zoo_common import ChannelTokenizer, ParameterLayout
+
+
+def checkpoints(case, names):
+    config = {"model::type": case["model_type"], "model::channels_in": case.get("channels_in", 3), "model::o_dim": 10}
+    states = [filled_state(build_network(config).state_dict(), name) for name in names]
+    layout = ParameterLayout.from_state_dict(states[0])
+    return layout, layout.stack(states)
+
+
+@pytest.mark.golden("downstream.json", cases="layer_quintiles")
+def test_layer_statistics_are_the_published_ones(golden):
+    case = golden.case
+    layout, vectors = checkpoints(case, [f"{case['tag']}m{i}/" for i in range(case["n_models"])])
+    tokenizer = ChannelTokenizer.from_layout(layout, case["tokensize"] or "legacy-auto")
+    features = layer_statistics(tokenizer.tokenize(vectors), tokenizer, include_padding=True)
+    assert features.dtype == torch.float64
+    assert_close(features, case["features"], "sane/features")
+
+
+@pytest.mark.golden("downstream.json", cases="ridge")
+def test_ridge_regressions_are_the_published_ones(golden):
+    case, tag = golden.case, golden.case["tag"]
+    w = fill(tag + "w", (case["d"],))
+    groups = {}
+    for name, n in zip(("train", "test", "val"), case["n"], strict=True):
+        x = fill(f"{tag}X_{name}", (n, case["d"]))
+        groups[name] = (x, x @ w + 1.5 + fill(f"{tag}n_{name}", (n,), case["noise"]))
+    groups["train"][1][3] = torch.nan
+    known = groups["train"][1].isfinite()
+    x, y = groups["train"][0][known], groups["train"][1][known]
+
+    def scores(weights):
+        pairs = {**groups, "train": (x, y)}
+        ones = {name: torch.cat([a.double(), torch.ones(len(a), 1)], 1) for name, (a, _) in pairs.items()}
+        return [float(r_squared(ones[n] @ weights, pairs[n][1])) for n in ("train", "test", "val")]
+
+    for (strength, *stored), weights in zip(
+        case["table"], ridge_path(x, y, [row[0] for row in case["table"]]), strict=True
+    ):
+        assert_close(scores(weights), stored, "sane/ridge", f"strength {strength}")
+    for key, judged in (("with_val", groups["val"]), ("without_val", groups["train"])):
+        fit = fit_ridge(*groups["train"], *judged)
+        stored = case[key]
+        assert fit.regularisation == pytest.approx(stored["best_reg"])
+        names = ["r2_train", "r2_test"] + (["r2_val"] if key == "with_val" else [])
+        assert_close(scores(fit.weights)[: len(names)], [stored[name] for name in names], "sane/ridge", key)
+
+
+def test_strengths_are_the_published_ones():
+    published = [1e3, 3e2, 1e2, 3e1, 1e1, 3, 1, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5]
+    assert pytest.approx(published) == list(REGULARISATIONS)
+
+
+@pytest.mark.golden("downstream.json", cases="polar")
+def test_polar_coordinates_are_the_published_ones(golden):
+    stored = torch.tensor(golden.case["polar"])
+    x = stored[:, :1] * stored[:, 1:].cos()
+    assert_close(to_polar(x), stored, "sane/forward")
+
+
+@pytest.mark.golden("downstream.json")
+def test_spectral_features_are_near_the_published_package(golden):
+    """Another package fits the tails; norms agree, exponents loosely."""
+    case = golden.case["weightwatcher"]
+    layout, vectors = checkpoints(case, [case["tag"]])
+    tokenizer = ChannelTokenizer.from_layout(layout, "auto", ignore_bn=True)
+    ours = dict(zip(SPECTRAL, spectral_features(vectors, tokenizer, summary=True)[0].tolist(), strict=True))
+    stored = dict(zip(case["keys"], case["values"], strict=True))
+    assert list(stored) == list(ours)
+    for name in ("log_norm", "log_spectral_norm", "stable_rank"):
+        assert ours[name] == pytest.approx(stored[name], rel=1e-6)
+    for name in ("alpha", "alpha_weighted", "log_alpha_norm"):
+        assert ours[name] == pytest.approx(stored[name], rel=0.2)

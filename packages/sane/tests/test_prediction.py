@@ -1,0 +1,119 @@
+"""Prediction: splits by run, honest intervals, words where there is no number."""
+
+import numpy as np
+import pytest
+import torch
+from sane.prediction import (
+    Labelled,
+    PropertyPredictor,
+    fit_ridge,
+    kendall_tau,
+    r_squared,
+    resample_runs,
+    ridge_path,
+)
+
+
+def group(name, runs, per_run=4, seed=0, noise=0.1, d=5):
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(runs * per_run, d, generator=rng)
+    y = x @ torch.arange(1.0, d + 1) + noise * torch.randn(len(x), generator=rng)
+    ids = np.repeat([f"{name}{i}" for i in range(runs)], per_run)
+    return Labelled({"good": x, "noise": torch.randn(x.shape, generator=rng)}, {"acc": y.double().numpy()}, ids)
+
+
+def test_good_features_are_told_from_noise_with_an_interval_of_the_difference():
+    predictor = PropertyPredictor(group("a", 20), group("b", 10, seed=1))
+    good, noise = predictor.judge(group("c", 10, seed=2))
+    assert good.r2 > 0.99 and good.low <= good.r2 <= good.high and good.kendall > 0.9
+    assert noise.r2 < 0.3 and noise.difference == pytest.approx(good.r2 - noise.r2)
+    assert 0 < noise.difference_low <= noise.difference <= noise.difference_high
+    assert good.difference is None and good.runs == 10
+
+
+def test_intervals_resample_runs_not_checkpoints():
+    """Checkpoints that are copies of each other must not make the interval narrower."""
+    train, validation = group("a", 20, noise=3), group("b", 10, seed=1, noise=3)
+    one = group("c", 12, per_run=1, seed=2, noise=3)
+    many = Labelled(*({k: np.repeat(v, 50, 0) if isinstance(v, np.ndarray) else v.repeat_interleave(50, 0) for k, v in part.items()} for part in one[:2]), np.repeat(one.runs, 50))  # fmt: skip
+    predictor = PropertyPredictor(train, validation)
+    widths = [s.high - s.low for s in (predictor.judge(test)[0] for test in (one, many))]
+    assert widths[0] == pytest.approx(widths[1], rel=1e-6)
+    weights = resample_runs(many.runs, 10, 0)
+    assert all(len(weights[:, many.runs == run].unique(dim=1)[0]) == 1 for run in set(many.runs))
+
+
+def test_weighted_r2_is_that_of_repeated_rows():
+    prediction, target = torch.randn(6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    counts = torch.tensor([2, 0, 1, 3, 1, 1])
+    repeated = r_squared(prediction.repeat_interleave(counts), target.repeat_interleave(counts))
+    torch.testing.assert_close(r_squared(prediction, target, counts[None].double())[0], repeated)
+
+
+@pytest.mark.parametrize(("n", "d"), [(30, 5), (8, 40)])
+def test_one_decomposition_solves_all_strengths(n, d):
+    x, y = torch.randn(n, d, dtype=torch.float64), torch.randn(n, dtype=torch.float64)
+    ones = torch.cat([x, torch.ones(n, 1, dtype=torch.float64)], 1)
+    for strength, weights in zip((10.0, 1e-3), ridge_path(x, y, (10.0, 1e-3)), strict=True):
+        solved = torch.linalg.solve(ones.T @ ones + strength * torch.eye(d + 1, dtype=torch.float64), ones.T @ y)
+        torch.testing.assert_close(weights, solved, rtol=1e-6, atol=1e-8)
+
+
+def test_the_strength_is_chosen_on_validation_only():
+    train, validation = group("a", 5, noise=5, d=15), group("b", 20, seed=1, noise=5, d=15)
+    x, y = train.features["good"], torch.from_numpy(train.properties["acc"])
+    x_val, y_val = validation.features["good"], torch.from_numpy(validation.properties["acc"])
+    fit = fit_ridge(x, y, x_val, y_val)
+    on_train = fit_ridge(x, y, x, y)
+    assert fit.regularisation > on_train.regularisation == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda y: np.full_like(y, np.nan), "acc is known for 0 training checkpoints"),
+        (lambda y: np.full_like(y, 0.5), "acc is 0.5 for all training checkpoints: nothing to predict"),
+    ],
+)
+def test_targets_without_information_are_told_in_words(change, words):
+    train = group("a", 5)
+    train = train._replace(properties={"acc": change(train.properties["acc"])})
+    predictor = PropertyPredictor(train, group("b", 5, seed=1))
+    score = predictor.judge(group("c", 5, seed=2))[0]
+    assert np.isnan(score.r2) and words in score.note
+    with pytest.raises(ValueError, match="acc is"):
+        predictor.predict("good", "acc", train.features["good"])
+
+
+def test_missing_and_constant_test_targets():
+    predictor = PropertyPredictor(group("a", 5), group("b", 5, seed=1))
+    test = group("c", 5, seed=2)
+    values = test.properties["acc"].copy()
+    values[:3] = np.nan
+    score = predictor.judge(test._replace(properties={"acc": values}))[0]
+    assert score.r2 > 0.9 and score.note == "3 of 20 test checkpoints have no acc"
+    score = predictor.judge(test._replace(properties={"acc": np.ones(20)}))[0]
+    assert np.isnan(score.r2) and "same for all test checkpoints: R2 has no meaning" in score.note
+
+
+def test_other_zoos_are_judged_by_the_same_predictor():
+    predictor = PropertyPredictor(group("a", 20), group("b", 10, seed=1))
+    other = group("d", 10, seed=5)
+    shifted = other._replace(properties={"acc": other.properties["acc"] + 100})
+    score = predictor.judge(group("c", 10, seed=2), elsewhere={"same": other, "shifted": shifted})[0]
+    assert score.elsewhere["same"][0] > 0.9
+    assert score.elsewhere["shifted"][0] < -1 and score.elsewhere["shifted"][1] > 0.9
+
+
+def test_groups_that_are_too_small_or_overlap_are_refused():
+    with pytest.raises(ValueError, match="the validation split has 1 runs, at least 2 are needed"):
+        PropertyPredictor(group("a", 5), group("b", 1))
+    with pytest.raises(ValueError, match="run a0 is in the training and in the validation group: split by run"):
+        PropertyPredictor(group("a", 5), group("a", 5))
+    with pytest.raises(ValueError, match="test run b0 took part in fitting"):
+        PropertyPredictor(group("a", 5), group("b", 5)).judge(group("b", 3))
+
+
+def test_kendall_tau_of_constants_is_nan():
+    assert np.isnan(kendall_tau(torch.zeros(4), torch.arange(4.0)))
+    assert kendall_tau(torch.arange(4.0), torch.arange(4.0)) == 1

@@ -1,0 +1,175 @@
+"""Preparing a zoo: published splits, statistics and properties; alignment that keeps functions; small files."""
+
+import numpy as np
+import pytest
+import torch
+from sane.networks import build_network
+from sane.preparation import PrepareConfig, Prepared, network_of, open_prepared, prepare
+from sane.properties import read_property
+from support.autoencoders import filled_state, zoo_of_networks
+from support.golden import assert_close, fill
+from zoo_common import ParameterLayout, Run, Zoo
+
+CNN = {"model::type": "CNN", "model::channels_in": 1, "model::o_dim": 10, "model::init_type": "kaiming_uniform"}
+CNN3 = {"model::type": "CNN3", "model::channels_in": 3, "model::o_dim": 10}
+
+
+def published_zoo(path):
+    """The synthetic zoo of the golden's recipe, checkpoints 21 to 25 of twenty trials."""
+    network = build_network(CNN3)
+    layout, epochs = ParameterLayout.from_module(network), range(21, 26)
+    zoo = Zoo.create(path, layout=layout)
+    runs = []
+    for i in range(20):
+        params = layout.stack([filled_state(network.state_dict(), f"zoo/m{i}/e{e}/") for e in epochs])
+        noise = np.array([fill(f"zoo/acc/{i}/{e}", (1,), 0.05)[0].item() for e in epochs])
+        e = np.array(epochs)
+        metrics = {"train_acc": 0.5 + noise + 0.01 * e, "test_acc": 0.45 + noise + 0.008 * e}
+        runs.append(Run(f"NN_tune_trainable_g{i:03d}_{i:05d}_0_seed={i + 1}", params, epochs, metrics, CNN3))
+    zoo.append(runs)
+    return zoo
+
+
+@pytest.mark.golden("pipeline.json")
+def test_splits_statistics_and_properties_are_the_published_ones(golden, tmp_path):
+    stored = golden.case
+    zoo = published_zoo(tmp_path / "zoo")
+    info = stored["dataset_info_train"]
+    config = PrepareConfig(
+        token_size="legacy-auto",
+        ignore_bn=True,
+        split="published",
+        fractions=tuple(info["ds_split"]),
+        max_runs=info["max_samples"],
+        max_abs=info["weight_threshold"],
+        steps=tuple(info["epoch_list"]),
+    )
+    prepared = prepare(zoo, config)
+    names = {"train": "train", "validation": "val", "test": "test"}
+    for split, name in names.items():
+        runs = [zoo.run_ids[run] for run in prepared.samples[split].runs]
+        assert list(dict.fromkeys(runs)) == stored["splits"][name]
+    run, epoch = stored["reference_trial_and_epoch"]
+    assert torch.equal(prepared.reference, zoo.params[run, info["epoch_list"].index(epoch)])
+    for split, key in (("train", "normalization_train"), ("validation", "normalization_val")):
+        measured = prepared.measured(split).to_document()
+        assert measured.keys() == stored[key].keys() and measured["mode"] == stored[key]["mode"]
+        for layer, pair in stored[key].items():
+            if layer != "mode":
+                assert_close([measured[layer]["mean"], measured[layer]["std"]], list(pair.values()), "sane/statistics")
+    assert prepared.normalization.to_document() == prepared.measured("train").to_document()
+    assert [n - 1 for n in prepared.max_positions] == info["max_positions"]
+    for split, key in (("train", "props_first_cycle_train"), ("validation", "props_first_cycle_val")):
+        values = np.stack([prepared.properties(split, name) for name in info["properties"]], 1)
+        assert_close(values, np.array(stored[key]), "float32", key)
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    return zoo_of_networks(tmp_path_factory.mktemp("zoos") / "cnn", CNN, runs=12, checkpoints=3)
+
+
+@pytest.mark.parametrize("align", ["last", "each"])
+def test_alignment_keeps_functions_and_comes_near_the_reference(zoo, align):
+    prepared = prepare(zoo, PrepareConfig(align=align))
+    samples = prepared.samples["train"]
+    raw = zoo.params.gather(samples.runs, samples.checkpoints)
+    aligned = prepared.vectors("train", slice(None))
+    x = torch.randn(4, 1, 28, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    network = network_of(zoo)[0]().double()
+    for before, after in zip(raw[:3], aligned[:3], strict=True):
+        outputs = []
+        for vector in (before, after):
+            zoo.layout.load_into(network, vector.double())
+            outputs.append(network(x))
+        torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-9)
+    products = [(vectors @ prepared.reference).double() for vectors in (raw, aligned)]
+    assert (products[1] >= products[0] - 1e-4).all() and (products[1] > products[0] + 1e-3).any()
+    assert torch.equal(aligned[2], prepared.reference)
+
+
+def test_one_permutation_per_run_is_that_of_its_last_checkpoint(zoo):
+    last, each = (prepare(zoo, PrepareConfig(align=align)) for align in ("last", "each"))
+    assert torch.equal(last.vectors("test", slice(2, None, 3)), each.vectors("test", slice(2, None, 3)))
+    assert all(len(table) == len(zoo) for table in last.permutations)
+    assert all(len(table) == 3 * len(zoo) for table in each.permutations)
+
+
+def test_a_prepared_file_is_read_back_and_small(zoo, tmp_path):
+    prepared = prepare(zoo, PrepareConfig(normalization="minmax", token_size=32))
+    prepared.save(tmp_path / "prepared.safetensors")
+    back = open_prepared(tmp_path / "prepared.safetensors")
+    assert isinstance(back, Prepared) and back.config == prepared.config
+    for split in prepared.samples:
+        a, b = (p.tokens(p.vectors(split, slice(None))) for p in (prepared, back))
+        assert torch.equal(a, b)
+    weights = 4 * zoo.layout.size * 36
+    without_reference = (tmp_path / "prepared.safetensors").stat().st_size - 4 * zoo.layout.size
+    assert without_reference < 0.1 * weights
+
+
+def test_checkpoints_that_are_not_finite_or_too_large_are_left_out_and_counted(tmp_path):
+    made = zoo_of_networks(tmp_path / "zoo", CNN, runs=4, checkpoints=3)
+    bad = made.params["run001"].clone()
+    bad[1, 5], bad[2, 7] = torch.nan, 1e6
+    made.append([Run("worse", bad, range(3), {"test_acc": [0.1] * 3, "train_acc": [0.1] * 3}, CNN)])
+    prepared = prepare(made, PrepareConfig(max_abs=100.0))
+    assert prepared.dropped == {"not finite": 1, "above 100": 1}
+    assert sum(len(samples.runs) for samples in prepared.samples.values()) == 13
+    with pytest.raises(ValueError, match=r"no training checkpoint .* 14 above 1e-05; 1 not finite: choose other steps"):
+        prepare(made, PrepareConfig(max_abs=1e-5))
+
+
+def test_a_zoo_without_validation_runs_is_prepared_and_read_back(tmp_path):
+    made = zoo_of_networks(tmp_path / "zoo", CNN, runs=3)
+    config = PrepareConfig(split="published", fractions=(0.5, 0.0, 0.5), align="none")
+    prepare(made, config).save(tmp_path / "prepared.safetensors")
+    back = open_prepared(tmp_path / "prepared.safetensors")
+    assert {split: len(samples.runs) for split, samples in back.samples.items()} == {
+        "train": 3,
+        "validation": 0,
+        "test": 6,
+    }
+
+
+def test_the_best_quantile_of_runs(zoo):
+    kept = prepare(zoo, PrepareConfig(min_quantile=0.5, align="none"))
+    runs = np.unique(np.concatenate([s.runs for s in kept.samples.values()]))
+    last = read_property(zoo, "test_acc", np.arange(12), np.full(12, -1))
+    assert set(runs) == set(np.flatnonzero(last >= np.median(last)))
+
+
+def test_properties(zoo):
+    runs, checkpoints = np.array([0, 3]), np.array([1, 2])
+    assert read_property(zoo, "epoch", runs, checkpoints).tolist() == [1, 2]
+    assert read_property(zoo, "config:lr", runs, checkpoints).tolist() == [0.1, 0.1]
+    gap = read_property(zoo, "ggap", runs, checkpoints)
+    train, test = (read_property(zoo, f"{part}_acc", runs, checkpoints) for part in ("train", "test"))
+    assert np.array_equal(gap, train - test)
+    with pytest.raises(KeyError, match="'val_acc' is not in the zoo; it has epoch, test_acc, train_acc and config:KEY"):
+        read_property(zoo, "val_acc", runs, checkpoints)
+    with pytest.raises(KeyError, match="'wd' in its configuration; there are lr"):
+        read_property(zoo, "config:wd", runs, checkpoints)
+
+
+def test_a_zoo_of_an_unknown_network_can_be_prepared_without_alignment(tmp_path):
+    layout = ParameterLayout.from_state_dict({"weight": torch.zeros(4, 3), "bias": torch.zeros(4)})
+    made = Zoo.create(tmp_path / "zoo", layout=layout)
+    made.append([Run(f"{i}", torch.randn(2, 16), range(2)) for i in range(5)])
+    with pytest.raises(ValueError, match=r"is not known \(no task, and no model::type in its runs\): prepare"):
+        prepare(made)
+    assert prepare(made, PrepareConfig(align="none")).tokenizer.shape == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"token_size": 0}, "token_size must be at least 1"),
+        ({"fractions": (0.5, 0.1, 0.1)}, "three that sum to 1"),
+        ({"min_quantile": 1.0}, "min_quantile must be from 0"),
+        ({"max_abs": 0.0}, "max_abs must be positive"),
+    ],
+)
+def test_bad_settings_are_named(options, match):
+    with pytest.raises(ValueError, match=match):
+        PrepareConfig(**options)

@@ -1,0 +1,170 @@
+"""Pretraining: what is written, exact resume, parts of a batch, precision, and errors."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from sane.config import PRESETS, Config, config_to_yaml, load_config
+from sane.preparation import open_prepared
+from sane.pretraining import Pretraining, forecast, pretrain
+from support.autoencoders import SIZES, TRAINING
+from support.reliability import assert_same_tensors
+
+CPU = torch.device("cpu")
+
+
+def config(workshop, tmp_path, *overrides):
+    common = [f"prepared={workshop}/prepared.safetensors", f"out_dir={tmp_path}", *SIZES, *TRAINING]
+    return load_config("small", [*common, *overrides])
+
+
+def test_a_run_writes_settings_log_state_and_model(workshop):
+    folder = workshop / "results" / "small"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.yaml", "metrics.jsonl", "model.safetensors", "state.safetensors",
+    ]  # fmt: skip
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    judged = [line for line in lines if "loss_validation" in line]
+    assert [line["epoch"] for line in judged] == [0, 1, 2]
+    assert {"r2/test_acc_test", "r2/epoch_test", "r2/ggap_test"} <= judged[0].keys()
+    assert judged[-1]["reconstruction_validation"] < judged[0]["reconstruction_validation"]
+    trained = [line for line in lines if "lr" in line]
+    assert trained[-1]["step"] == trained[-1]["epoch"] * (trained[-1]["step"] // 2)
+
+
+def test_stopped_and_resumed_equals_uninterrupted(workshop, tmp_path):
+    whole, cut = (config(workshop, tmp_path / name, "training.views=permuted") for name in ("a", "b"))
+    pretrain(whole, quiet=True)
+    first = pretrain(cut, limit_seconds=0, quiet=True)
+    assert first.step == 1 and not first.finished
+    assert pretrain(cut, resume=True, quiet=True).finished
+    assert_same_tensors(*(c.folder / "model.safetensors" for c in (cut, whole)))
+
+
+def gradients(run):
+    run.advance()
+    return torch.cat([p.detach().flatten() for p in run.model.parameters()])
+
+
+@pytest.mark.parametrize("gamma", [0.0])
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(workshop, tmp_path, gamma):
+    found = []
+    for accumulate in (1, 4):
+        one = config(workshop, tmp_path, f"training.gamma={gamma}", f"training.accumulate={accumulate}", "optim.clipping=none", "optim.optimizer=sgd")  # fmt: skip
+        torch.manual_seed(0)
+        found.append(gradients(Pretraining(one, open_prepared(one.prepared), CPU)))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
+
+
+DISTRIBUTED = """
+import sys, torch
+from sane.config import load_config
+from sane.preparation import open_prepared
+from sane.pretraining import Pretraining, joined
+with joined(torch.device("cpu")) as (rank, world, device):
+    config = load_config("small", sys.argv[2:])
+    torch.manual_seed(0)
+    run = Pretraining(config, open_prepared(config.prepared), device, rank, world)
+    run.advance(); run.advance()
+    if rank == 0:
+        torch.save([p.detach() for p in run.model.parameters()], sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(workshop, tmp_path):
+    (tmp_path / "program.py").write_text(DISTRIBUTED)
+    common = [f"prepared={workshop}/prepared.safetensors", *SIZES, *TRAINING, "training.gamma=0", "optim.optimizer=sgd"]
+    for name, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])):
+        command = [sys.executable, *start, str(tmp_path / "program.py"), str(tmp_path / f"{name}.pt"), *common]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    for a, b in zip(torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_training_on_cuda_lowers_the_loss(workshop, tmp_path, precision):
+    one = config(workshop, tmp_path, "device=cuda", f"training.precision={precision}", "training.epochs=20")
+    pretrain(one, quiet=True)
+    lines = [json.loads(line) for line in (one.folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["reconstruction"] for line in lines if "lr" in line]
+    assert losses[-1] < 0.97 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        (["training.precision=bf16"], "precision=bf16 needs CUDA; use fp32"),
+        (["model.window=1000"], r"window \(1000\) must be from 1 to the 78 tokens"),
+        (["training.batch=5000"], r"batch \(5000\) must be from 1 to the \d+ windows"),
+        (["model.max_positions=[10, 5, 20]"], "the autoencoder knows positions up to .* ignore_bn differs"),
+        (
+            ["optim.lr=1e30", "optim.clipping=none", "training.epochs=4"],
+            "the training loss is nan at step .*; lower optim.lr",
+        ),
+        (["prepared=absent"], "absent"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_is_half_written(workshop, tmp_path, overrides, match):
+    with pytest.raises((ValueError, FileNotFoundError), match=match):
+        pretrain(config(workshop, tmp_path, *overrides), quiet=True)
+    assert not list(tmp_path.rglob("model.safetensors"))
+
+
+def test_a_folder_belongs_to_one_configuration(workshop, tmp_path):
+    one = config(workshop, tmp_path)
+    with pytest.raises(FileNotFoundError, match="nothing to resume in"):
+        pretrain(one, resume=True, quiet=True)
+    pretrain(one, limit_seconds=0, quiet=True)
+    with pytest.raises(FileExistsError, match="already holds a run; use --resume"):
+        pretrain(one, quiet=True)
+    with pytest.raises(ValueError, match=r"training.gamma \(0.05 there, 0.5 given\)"):
+        pretrain(config(workshop, tmp_path, "training.gamma=0.5"), resume=True, quiet=True)
+
+
+def test_a_forecast_writes_nothing(workshop, tmp_path):
+    found = forecast(config(workshop, tmp_path), timed_steps=1)
+    assert found.steps > 0 and found.parameters > 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_a_file(name, tmp_path):
+    one = load_config(name)
+    (tmp_path / "one.yaml").write_text(config_to_yaml(one))
+    assert load_config(tmp_path / "one.yaml") == one
+
+
+def test_published_sizes():
+    cnn, resnet = load_config("cnn"), load_config("resnet18")
+    assert dataclasses.astuple(cnn.model) == (64, 1024, 8, 8, 128, 0.0, (100, 10, 40))
+    assert dataclasses.astuple(resnet.model) == (256, 2048, 16, 8, 128, 0.0, (55000, 100, 550))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "match"),
+    [
+        ("smal", [], "'smal' is neither a file nor built in; did you mean 'small'"),
+        ("small", ["training.gama=1"], "unknown configuration key 'training.gama'; did you mean 'training.gamma'"),
+        ("small", ["training.epochs"], "must have the form key=value"),
+        ("small", ["training.epochs=many"], "training.epochs: expected int, got 'many'"),
+        ("small", ["training.views=both"], "training.views: expected one of canonical, mixed, permuted"),
+        ("small", ["training.noise=[0.1]"], "training.noise must be two numbers"),
+        ("small", ["training.batch=30", "training.accumulate=16"], r"accumulate \(16\) must divide the batch \(30\)"),
+        ("small", ["training.epochs=0"], "training.epochs must be at least 1"),
+        ("small", ["optim.lr=0"], "lr and clip must be positive"),
+        ("small", ["name=a/b"], "plain folder name"),
+        ("small", ["training=3"], "expected a group of keys, got 3"),
+    ],
+)
+def test_bad_settings_are_named(name, overrides, match):
+    with pytest.raises((ValueError, FileNotFoundError), match=match):
+        load_config(name, overrides)
+
+
+def test_the_default_configuration_is_the_small_one():
+    assert load_config("small") == Config(name="small")

@@ -1,0 +1,93 @@
+"""Windows: the same numbers as cutting whole checkpoints, drawn from the seed and the step alone."""
+
+import pytest
+import torch
+from sane.augmentation import Erase, add_noise
+from sane.preparation import PrepareConfig, prepare
+from sane.windows import ViewConfig, WindowDataset
+from support.autoencoders import zoo_of_networks
+
+CNN = {"model::type": "CNN", "model::channels_in": 1, "model::o_dim": 10}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return prepare(zoo_of_networks(tmp_path_factory.mktemp("zoos") / "cnn", CNN), PrepareConfig(token_size=40))
+
+
+def windows(prepared, **options):
+    views = ViewConfig(**{"noise": (0.0, 0.0), **options})
+    return WindowDataset(prepared, "train", window=16, views=views, supersample=2)
+
+
+def test_an_epoch_shows_every_checkpoint_equally_often(prepared):
+    data = windows(prepared)
+    tokens = prepared.tokens(prepared.vectors("train", slice(None)))
+    count = torch.zeros(len(tokens), dtype=torch.int64)
+    size = 3
+    for step in range(data.batches_per_epoch(size)):
+        batch = data.batch(size, step)
+        assert torch.equal(batch.clean[:size], batch.clean[size:])
+        for window, mask, positions in zip(batch.clean[:size], batch.mask, batch.positions, strict=True):
+            rows = positions[:, 0].long()
+            assert torch.equal(rows, rows[0] + torch.arange(16))
+            count += (tokens[:, rows] == window).all((1, 2))
+            assert torch.equal(mask, prepared.tokenizer.mask[rows])
+            assert not window[~mask].any()
+    assert set(count.tolist()) == {2}
+
+
+def test_a_batch_is_a_function_of_seed_and_step(prepared):
+    a, b = (windows(prepared, views="mixed", noise=(0.1, 0.1), erase=True) for _ in range(2))
+    a.batch(4, 0)
+    first, again, other = a.batch(4, 3), b.batch(4, 3), b.batch(4, 4)
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    assert not torch.equal(first.views, other.views)
+
+
+@pytest.mark.parametrize(("views", "changed"), [("canonical", 0), ("mixed", 1), ("permuted", 2)])
+def test_permuted_views_hold_the_same_checkpoint_in_another_order(prepared, views, changed):
+    data = WindowDataset(
+        prepared, "train", window=prepared.tokenizer.shape[0], views=ViewConfig(views=views, noise=(0.0, 0.0))
+    )
+    batch = data.batch(3, 0)
+    first, second = batch.clean.chunk(2)
+    canonical = prepared.tokens(prepared.vectors("train", slice(None)))
+    same = [[bool((canonical == x).all((1, 2)).any()) for x in part] for part in (first, second)]
+    assert [all(row) for row in same] == [changed < 2, changed < 1]
+    torch.testing.assert_close(first.flatten(1).sort(1)[0], second.flatten(1).sort(1)[0])
+
+
+def test_samples_have_starts_of_their_own_unless_they_are_shared(prepared):
+    starts = {
+        shared: windows(prepared, shared=shared).batch(8, 0).positions[:, 0, 0].unique() for shared in (False, True)
+    }
+    assert len(starts[False]) > 1 and len(starts[True]) == 1
+
+
+def test_noise_is_multiplicative_and_keeps_padding(prepared):
+    tokens = torch.ones(4, 50, 60)
+    tokens[:, :, 50:] = 0
+    noisy = add_noise(tokens, 0.1, torch.Generator().manual_seed(0))
+    assert not noisy[:, :, 50:].any()
+    assert abs(noisy[:, :, :50].std() - 0.1) < 0.003 and abs(noisy[:, :, :50].mean() - 1) < 0.003
+
+
+def test_erased_rectangles_follow_the_published_rule():
+    tokens = torch.ones(4000, 30, 40)
+    erased = Erase()(tokens, torch.Generator().manual_seed(0)) == 0
+    touched = erased.any((1, 2))
+    assert abs(touched.float().mean() - 0.5) < 0.03
+    share = erased[touched].float().mean((1, 2))
+    assert 0.01 < share.min() and share.max() < 0.36 and abs(share.mean() - 0.17) < 0.02
+    rows, columns = erased[touched].any(2).sum(1), erased[touched].any(1).sum(1)
+    assert torch.equal(rows * columns, erased[touched].sum((1, 2)))  # rectangles
+    together = Erase(p=1.0)(tokens[:5], torch.Generator().manual_seed(1), shared=True)
+    assert (together == together[0]).all() and not together.all()
+
+
+def test_bad_sizes_are_named(prepared):
+    with pytest.raises(ValueError, match=r"window \(1000\) must be from 1 to the \d+ tokens"):
+        WindowDataset(prepared, "train", window=1000)
+    with pytest.raises(ValueError, match=r"batch \(1000\) must be from 1 to the \d+ windows"):
+        windows(prepared).batch(1000, 0)
