@@ -46,33 +46,20 @@ def test_wrong_usage_is_status_2(arguments):
 
 
 def test_a_zoo_is_trained_grows_and_is_inspected(tmp_path, capsys):
-    options = ["--epochs", 2, "--chunk", 2, "--train-images", 64, "--test-images", 40, "--batch", 16]
+    options = ["--epochs", 2, "--chunk", 2, "--train-images", 64, "--test-images", 40]
+    options = ["training::batchsize=16", "optim::lr=0.001,0.002,0.003", *options]
     made = said(capsys, "zoo", "train", "digits", tmp_path / "zoo", "--runs", 3, *options)
     assert (made["runs"], made["failed"], made["stopped"]) == (3, 0, None)
     before = Zoo.open(tmp_path / "zoo").params["digits-CNN-s0-000002"].clone()
     assert said(capsys, "zoo", "train", "digits", tmp_path / "zoo", "--runs", 4, *options)["runs"] == 4
     zoo = Zoo.open(tmp_path / "zoo")
     assert torch.equal(zoo.params["digits-CNN-s0-000002"], before)
-    assert len({run.config["optim::lr"] for run in zoo.runs}) == 4 and zoo.runs[0].checkpoints == 3
+    assert len({run.config["optim::lr"] for run in zoo.runs}) > 1 and zoo.runs[0].checkpoints == 2
     seen = said(capsys, "zoo", "inspect", tmp_path / "zoo")
     assert seen["runs"] == 4 and seen["properties"]["epoch"]["largest"] == 2
-    assert "the zoo" in error(capsys, "zoo", "train", "digits", tmp_path / "zoo", "--runs", 4, *options[:-1], 8)
+    assert "the zoo" in error(capsys, "zoo", "train", "digits", tmp_path / "zoo", "--runs", 4, *options[:-1], 30)
     line = error(capsys, "zoo", "train", "digits", tmp_path / "b", "--network", "CNN9", "--runs", 1)
     assert "model::type 'CNN9' is unknown; use one of MLP, CNN," in line
-
-
-def test_training_many_networks_at_once_is_training_one(tmp_path):
-    """Runs of a chunk of two are those of chunks of one, up to rounding, since orders are seeded by chunk numbers."""
-    from sane.zoos import ZooConfig, train_zoo
-
-    zoos = []
-    for chunk in (1, 2):
-        config = ZooConfig("digits", epochs=1, batch=16, train_images=64, test_images=20, chunk=chunk)
-        train_zoo(tmp_path / str(chunk), config, runs=1)
-        zoos.append(Zoo.open(tmp_path / str(chunk)))
-    torch.testing.assert_close(zoos[0].params[0], zoos[1].params[0], rtol=1e-4, atol=1e-6)
-    start, end = zoos[0].params[0]
-    assert (end - start).norm() > 0.01 * start.norm()
 
 
 def test_the_commands_from_a_zoo_to_samples(workshop, tmp_path, capsys):

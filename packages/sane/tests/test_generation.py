@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from sane.cli import main
-from sane.generation import ZooPlan, ZooWork, fitting_splits, train_zoo
+from sane.generation import ZooPlan, ZooWork, train_zoo
+from sane.generation import _on as used
+from sane.images import images_of
 from sane.networks import build_network
 from sane.zoo_training import judge, make_optimizer, train_run
 from support.reliability import assert_same_files, run, run_killed
-from zoo_common.datasets import load_dataset
 from zoo_common.zoo import Run, Zoo
 
 PLAN = ZooPlan(
@@ -23,6 +24,11 @@ PLAN = ZooPlan(
 )
 
 
+def digits(plan, shape=None):
+    """The images of a plan."""
+    return used(images_of({"data": "digits"}, shape), plan, torch.device("cpu"))
+
+
 def assert_same_runs(a, b):
     """Bitwise, whatever the order of the runs."""
     assert set(a.run_ids) == set(b.run_ids)
@@ -31,7 +37,8 @@ def assert_same_runs(a, b):
 
 
 def test_a_zoo_has_its_runs_epochs_metrics_and_hyper_parameters(tmp_path):
-    assert train_zoo(PLAN, tmp_path / "zoo", runs=12, progress=False)[:2] == (12, 0)
+    report = train_zoo(PLAN, tmp_path / "zoo", runs=12)
+    assert (report.runs, report.failed, report.stopped) == (12, 0, None)
     zoo = Zoo.open(tmp_path / "zoo")
     assert len(zoo) == 12 and zoo.steps[0].tolist() == [1, 2]
     assert {name for part in ("train", "val", "test") for name in (f"{part}_loss", f"{part}_acc")} == set(zoo.metrics)
@@ -39,7 +46,7 @@ def test_a_zoo_has_its_runs_epochs_metrics_and_hyper_parameters(tmp_path):
         assert {r.config[key] for r in zoo.runs} == set(values)
     assert len({r.config["seed"] for r in zoo.runs}) == 12
     assert zoo.metrics["train_acc"].padded()[:, -1].max() > 0.3
-    work = ZooWork(PLAN, fitting_splits(PLAN, load_dataset("digits"), torch.device("cpu")), 0)
+    work = ZooWork(PLAN, digits(PLAN), 0)
     network = build_network(work.config(0))
     zoo.layout.load_into(network, zoo.params[0, 1])
     loss, accuracy = judge(network, work.splits.test)
@@ -49,19 +56,19 @@ def test_a_zoo_has_its_runs_epochs_metrics_and_hyper_parameters(tmp_path):
 
 
 def test_more_runs_and_other_chunks_give_the_same_zoo(tmp_path):
-    train_zoo(PLAN, tmp_path / "at once", runs=5, progress=False)
+    train_zoo(PLAN, tmp_path / "at once", runs=5)
     for runs, chunk in ((2, 1), (3, 5), (5, 2)):
-        train_zoo(PLAN, tmp_path / "in parts", runs=runs, chunk=chunk, progress=False)
+        train_zoo(PLAN, tmp_path / "in parts", runs=runs, chunk=chunk)
     a, b = (Zoo.open(tmp_path / name) for name in ("at once", "in parts"))
     assert len(b.shards) > 1
     assert_same_runs(a, b)
-    train_zoo(PLAN, tmp_path / "in parts", runs=2, seed=1, progress=False)
+    train_zoo(PLAN, tmp_path / "in parts", runs=2, seed=1)
     assert len(Zoo.open(tmp_path / "in parts")) == 7
 
 
 def test_a_run_is_plain_training(tmp_path):
     """The same numbers as a loop written out, and the random state is left alone."""
-    splits = fitting_splits(PLAN, load_dataset("digits"), torch.device("cpu"))
+    splits = digits(PLAN)
     config = ZooWork(PLAN, splits, 0).config(3) | {"optim::scheduler": "OneCycleLR"}
     before = torch.get_rng_state()
     trained = train_run(config, splits, 2, [0, 2], None)
@@ -83,7 +90,7 @@ def test_a_run_is_plain_training(tmp_path):
 
 def test_images_are_resized_and_buffers_are_kept(tmp_path):
     plan = ZooPlan("Resnet18", epochs=1, train_images=4, test_images=2, settings={"training::batchsize": (4,)})
-    work = ZooWork(plan, fitting_splits(plan, load_dataset("digits"), torch.device("cpu")), 0)
+    work = ZooWork(plan, digits(plan, (1, 32, 32)), 0)
     assert work.splits.train.images.shape == (4, 1, 32, 32)
     trained = work(0)
     assert isinstance(trained, Run) and trained.buffers["bn1.num_batches_tracked"].tolist() == [1]
@@ -91,8 +98,8 @@ def test_images_are_resized_and_buffers_are_kept(tmp_path):
 
 def test_runs_that_diverge_are_left_out(tmp_path):
     plan = replace(PLAN, settings={"optim::lr": (1e-3, 1e38), "optim::optimizer": ("sgd",)})
-    result = train_zoo(plan, tmp_path / "zoo", runs=8, progress=False)
-    assert result.dropped > 0 and result.runs == 8 - result.dropped
+    result = train_zoo(plan, tmp_path / "zoo", runs=8)
+    assert result.failed > 0 and result.runs == 8 - result.failed
     assert {r.config["optim::lr"] for r in Zoo.open(tmp_path / "zoo").runs} == {1e-3}
 
 
@@ -102,7 +109,7 @@ def test_training_starts_from_given_weights(tmp_path):
     ).state_dict()
     torch.save(state, tmp_path / "start.pt")
     plan = replace(PLAN, start=str(tmp_path / "start.pt"), save=(0, 1))
-    train_zoo(plan, tmp_path / "zoo", runs=2, progress=False)
+    train_zoo(plan, tmp_path / "zoo", runs=2)
     zoo = Zoo.open(tmp_path / "zoo")
     for i in range(2):
         assert torch.equal(zoo.params[i, 0], zoo.layout.flatten(state))
@@ -111,8 +118,8 @@ def test_training_starts_from_given_weights(tmp_path):
 
 @pytest.mark.slow
 def test_a_cluster_trains_the_same_zoo(tmp_path):
-    train_zoo(PLAN, tmp_path / "here", runs=4, progress=False)
-    train_zoo(PLAN, tmp_path / "there", runs=4, ray=True, progress=False)
+    train_zoo(PLAN, tmp_path / "here", runs=4)
+    train_zoo(PLAN, tmp_path / "there", runs=4, ray=True)
     assert_same_runs(Zoo.open(tmp_path / "here"), Zoo.open(tmp_path / "there"))
 
 
@@ -141,17 +148,31 @@ def test_a_killed_training_goes_on_to_the_same_zoo(tmp_path):
 
 
 def test_the_command_trains_and_inspects(tmp_path, capsys):
-    command = ["zoo", "train", "MLP", f"{tmp_path / 'zoo'}", "optim::lr=0.001,0.01", "model::h_dim=16x8", "--runs", "6"]
+    command = [
+        "zoo",
+        "train",
+        "digits",
+        f"{tmp_path / 'zoo'}",
+        "--network",
+        "MLP",
+        "optim::lr=0.001,0.01",
+        "model::h_dim=16x8",
+        "--runs",
+        "6",
+    ]
     assert main([*command, "--epochs", "2", "--train-images", "100", "--save", "0,2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["runs"] == 6
-    assert main(["zoo", "inspect", f"{tmp_path / 'zoo'}", "--json"]) == 0
-    about = json.loads(capsys.readouterr().out)
-    assert (about["runs"], about["checkpoints"], sum(about["split"].values())) == (6, 12, 6)
-    assert about["weights"] == 64 * 16 + 16 + 16 * 8 + 8 + 8 * 10 + 10
-    assert about["varied"]["optim::lr"] == ["0.001", "0.01"]
-    assert about["metrics"]["train_loss"][1] < about["metrics"]["train_loss"][0]
-    assert main(["zoo", "inspect", f"{tmp_path / 'zoo'}"]) == 0
-    assert "6 runs (" in capsys.readouterr().out
+    zoo = Zoo.open(tmp_path / "zoo")
+    assert zoo.layout.size == 64 * 16 + 16 + 16 * 8 + 8 + 8 * 10 + 10 and zoo.steps[0].tolist() == [0, 2]
+    assert {run.config["optim::lr"] for run in zoo.runs} == {0.001, 0.01}
+
+
+def test_ctrl_c_and_the_time_limit_keep_what_is_done(tmp_path):
+    report = train_zoo(PLAN, tmp_path / "zoo", runs=8, limit_seconds=0)
+    assert (report.runs, report.stopped) == (1, "time limit")
+    assert train_zoo(PLAN, tmp_path / "zoo", runs=8).runs == 8
+    train_zoo(PLAN, tmp_path / "whole", runs=8)
+    assert_same_runs(Zoo.open(tmp_path / "zoo"), Zoo.open(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize(
@@ -172,28 +193,25 @@ def test_the_command_trains_and_inspects(tmp_path, capsys):
         (["MLP", "--runs", "0"], "runs (0), chunk (10) and epochs (10) must be at least 1"),
         (["MLP", "--train-images", "0"], "train_images must be at least 1, got 0"),
         (["MLP", "--start", "nowhere.pt"], "nowhere.pt: no such file"),
-        (["CNN", "--data", "mnist"], "no data folder given"),
+        (["CNN", "mnist"], "no data folder given"),
         (["MLP", "--device", "cuda"], "no CUDA device"),
     ],
 )
 def test_bad_plans_are_refused_in_one_line(tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert main(["zoo", "train", arguments[0], f"{tmp_path / 'zoo'}", *arguments[1:]]) == 1
+    network, *rest = arguments
+    data = rest.pop() if "mnist" in rest else "digits"
+    assert main(["zoo", "train", data, f"{tmp_path / 'zoo'}", "--network", network, *rest]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "zoo").exists()
 
 
 def test_another_plan_is_refused_and_so_is_a_missing_extra(tmp_path, monkeypatch):
-    train_zoo(PLAN, tmp_path / "zoo", runs=1, progress=False)
+    train_zoo(PLAN, tmp_path / "zoo", runs=1)
     with pytest.raises(ValueError, match="is another one"):
-        train_zoo(replace(PLAN, epochs=3), tmp_path / "zoo", runs=1, progress=False)
+        train_zoo(replace(PLAN, epochs=3), tmp_path / "zoo", runs=1)
     monkeypatch.setattr("sane.generation.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"sane\[tune\]"):
-        train_zoo(PLAN, tmp_path / "other", runs=1, ray=True, progress=False)
+        train_zoo(PLAN, tmp_path / "other", runs=1, ray=True)
     assert not (tmp_path / "other").exists()
-
-
-def test_an_empty_zoo_is_named(tmp_path, capsys):
-    assert main(["zoo", "inspect", f"{tmp_path}"]) == 1
-    assert "there is no zoo" in capsys.readouterr().err

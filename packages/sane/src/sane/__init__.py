@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # what a type checker sees
     from sane.config import Config as Config
     from sane.config import load_config as load_config
     from sane.embedding import embed as embed
+    from sane.generation import ZooPlan as ZooPlan
+    from sane.generation import train_zoo as train_zoo
     from sane.losses import Objective as Objective
     from sane.model import Halo as Halo
     from sane.model import SaneModel as SaneModel
@@ -30,8 +32,6 @@ if TYPE_CHECKING:  # what a type checker sees
     from sane.sampling import KernelDensity as KernelDensity
     from sane.sampling import Sampler as Sampler
     from sane.windows import WindowDataset as WindowDataset
-    from sane.zoos import ZooConfig as ZooConfig
-    from sane.zoos import train_zoo as train_zoo
 
 _MODULE_OF = {
     "Autoencoder": "autoencoder",
@@ -48,7 +48,7 @@ _MODULE_OF = {
     "SaneModel": "model",
     "Sampler": "sampling",
     "WindowDataset": "windows",
-    "ZooConfig": "zoos",
+    "ZooPlan": "generation",
     "build_network": "networks",
     "embed": "embedding",
     "load_config": "config",
@@ -58,7 +58,7 @@ _MODULE_OF = {
     "prepare": "preparation",
     "pretrain": "pretraining",
     "reconstruct": "reconstruction",
-    "train_zoo": "zoos",
+    "train_zoo": "generation",
 }
 
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605 (computed from the table above)

@@ -14,7 +14,7 @@ from zoo_common.command import run_command
 DESCRIPTION = """Sequential autoencoder of neural network weights: embed, analyse and sample models of any size.
 
 Examples:
-  sane zoo train digits zoo --runs 100                    make a zoo: many small networks at once
+  sane zoo train digits zoo --runs 100                    make a zoo: small networks with varied settings
   sane zoo inspect zoo                                    which properties it has, and how they spread
   sane preprocess zoo -o prepared.safetensors             align, split and measure; writes no weights
   sane pretrain small training.epochs=20                  train the autoencoder; writes results/small
@@ -29,7 +29,7 @@ ZOO_DESCRIPTION = """Make and look at zoos of the published networks.
 
 Examples:
   sane zoo train digits zoo --runs 100
-  sane zoo train mnist zoo --network CNN --data-dir data/mnist --runs 300 --epochs 10
+  sane zoo train mnist zoo optim::lr=0.0003,0.001,0.003 --data-dir data/mnist --runs 300 --epochs 10
   sane zoo inspect zoo
 """
 _Halo = tuple[int, int] | None
@@ -267,36 +267,44 @@ class FinetuneCommand:
 
 @dataclass(frozen=True)
 class ZooTrainCommand:
-    """Train many networks at once, each with its own learning rate, weight decay and initialisation; resumable."""
+    """Train image classifiers with varied hyper-parameters and keep their weights after every epoch: a zoo.
+
+    KEY=VALUE[,VALUE...] sets a hyper-parameter; each run draws one of several values: optim::lr=0.001,0.003
+    optim::wd=0,0.01 optim::optimizer=adam,sgd model::init_type=kaiming_uniform,normal training::batchsize=32,128
+    model::nlin=tanh model::h_dim=64x32 optim::scheduler=OneCycleLR. The same command goes on where it was stopped or
+    killed, and adds to a finished zoo if --runs is larger.
+    """
 
     data: Positional[Literal["digits", "mnist", "fashion_mnist", "cifar10"]]
-    """Data set; digits are enlarged to 28 x 28 for the CNNs."""
+    """Data set; images are resized to what the network takes."""
     directory: Positional[Path]
     """Folder of the zoo."""
+    settings: Positional[tuple[str, ...]] = ()
+    """Hyper-parameters, KEY=VALUE[,VALUE...]."""
     network: str = "CNN"
-    """A published type that fits the images: CNN, CNN2, ResCNN, MLP, CNN3, ..."""
+    """A published type: MLP, CNN, CNN2, CNN3, ResCNN, CNN_more_layers, CNN_residual, Resnet18, MiniAlexNet, ..."""
     runs: int = 300
-    """Networks that the zoo shall have; a larger number adds to it."""
+    """Networks of this seed that the zoo shall have; a larger number adds to it."""
     epochs: int = 10
-    """Epochs; there is a checkpoint after each, and before the first."""
-    batch: int = 64
-    lr: tuple[float, float] = (1e-3, 1e-1)
-    """Range of learning rates, log-uniform (SGD with momentum 0.9)."""
-    weight_decay: tuple[float, float] = (1e-5, 1e-2)
-    """Range of weight decays, log-uniform."""
-    inits: tuple[str, ...] = ("kaiming_uniform", "xavier_uniform", "xavier_normal", "kaiming_normal")
-    """Initialisations to draw from."""
-    activation: str = "tanh"
-    """leakyrelu, relu, tanh, sigmoid, silu or gelu."""
+    """Passes over the training images."""
+    save: str = ""
+    """Epochs after which the weights are kept, as 0,1,5,10; default: after every one."""
     train_images: int | None = None
     """Use at most this many training images."""
     test_images: int | None = None
     """Judge on at most this many images of each part."""
-    chunk: int = 32
-    """Networks that are trained together and written as one file."""
+    start: Path | None = None
+    """Start from the weights in this file (.safetensors, .pt) instead of random ones."""
+    chunk: int = 10
+    """Runs that are written as one file."""
     split: tuple[float, float, float] = (0.7, 0.15, 0.15)
     """Fractions of training, validation and test runs; a hash of its id decides for each run."""
     seed: int = 0
+    """Seed of everything; several processes can fill one zoo, each with its own."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:1."""
+    ray: bool = False
+    """Train on a Ray cluster (RAY_ADDRESS; default: one on this machine), one run on each CPU or GPU."""
     data_dir: Path | None = None
     """Folder with the data files."""
     limit_seconds: float | None = None

@@ -5,6 +5,7 @@ import datetime
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from zoo_common.datasets import Splits
 from zoo_common.files import write_json
 from zoo_common.zoo import Run, Zoo
 
-from sane import embedding, pretraining, zoos
+from sane import embedding, pretraining
 from sane.cli import (
     AlignCommand,
     DiagnoseCommand,
@@ -35,6 +36,7 @@ from sane.comparison import compare_groups, nearest_members, novelty_report, riv
 from sane.config import config_to_yaml, load_config
 from sane.device import choose_device
 from sane.features import BASELINES
+from sane.generation import ZooPlan, train_zoo
 from sane.images import first_images, images_of
 from sane.model import Halo, SaneModel, load_model
 from sane.population import FineTuning, Networks, image_batches
@@ -433,13 +435,26 @@ def reset_classifier(
 
 def zoo_train(command: ZooTrainCommand) -> int:
     """Make a zoo; 130 if Ctrl-C stopped it."""
-    options = dataclasses.asdict(command)
-    config = zoos.ZooConfig(**{f.name: options[f.name] for f in dataclasses.fields(zoos.ZooConfig)})
-    report = zoos.train_zoo(
+    plan = ZooPlan(
+        command.network,
+        command.data,
+        command.epochs,
+        _epochs(command.save),
+        dict(_setting(text) for text in command.settings),
+        command.train_images,
+        command.test_images,
+        None if command.start is None else str(command.start),
+    )
+    report = train_zoo(
+        plan,
         command.directory,
-        config,
-        command.runs,
+        runs=command.runs,
+        seed=command.seed,
+        chunk=command.chunk,
+        split=command.split,
         data_dir=command.data_dir,
+        device=command.device,
+        ray=command.ray,
         limit_seconds=command.limit_seconds,
         quiet=command.json,
     )
@@ -447,6 +462,34 @@ def zoo_train(command: ZooTrainCommand) -> int:
     if report.stopped:
         print(f"stopped ({report.stopped}); the same command goes on from here", file=sys.stderr)
     return 130 if report.stopped == "interrupted" else 0
+
+
+def _setting(text: str) -> tuple[str, tuple[Any, ...]]:
+    """A hyper-parameter and its values, as numbers where they are such."""
+    key, equals, values = text.partition("=")
+    if not equals or not values:
+        raise ValueError(
+            f"{text!r}: give hyper-parameters as KEY=VALUE or KEY=VALUE,VALUE, for example optim::lr=0.001,0.003"
+        )
+    return key, tuple(_value(value) for value in values.split(","))
+
+
+def _value(text: str) -> Any:  # noqa: ANN401
+    """A number, a list of them (64x32), nothing (none), or a name."""
+    if re.fullmatch(r"\d+(x\d+)+", text):
+        return [int(part) for part in text.split("x")]
+    try:
+        value: Any = json.loads(text)
+    except json.JSONDecodeError:
+        return None if text.lower() == "none" else text
+    return value
+
+
+def _epochs(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise ValueError(f"--save {text!r}: give epochs as 0,1,5,10") from None
 
 
 def zoo_inspect(command: ZooInspectCommand) -> None:

@@ -16,21 +16,23 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
-from zoo_common.datasets import Part, Splits, load_dataset
+from zoo_common.datasets import Part, Splits
+from zoo_common.interrupts import deferred_interrupt
 from zoo_common.layout import ParameterLayout
 from zoo_common.zoo import Run, Zoo
 
 from sane.device import choose_device
+from sane.images import first_images, images_of
 from sane.networks import build_network, input_shape
 from sane.zoo_training import make_optimizer, read_state, train_run
 
@@ -68,7 +70,7 @@ class ZooPlan:
     train_images: int | None = None
     """Training images that are used, the first ones; default: all."""
     test_images: int | None = None
-    """The same for the test images."""
+    """The same for the validation images and for the test images."""
     start: str | None = None
     """File with the weights to start from (``.safetensors`` or ``.pt``), instead of random ones."""
 
@@ -77,14 +79,18 @@ class ZooPlan:
         return self.save or tuple(range(1, self.epochs + 1))
 
 
-class ZooResult(NamedTuple):
-    """What a training of a zoo did."""
+@dataclass(frozen=True)
+class ZooReport:
+    """What a session came to."""
 
+    path: Path
     runs: int
-    """Runs in the zoo."""
-    dropped: int
-    """Runs trained now that were left out, because a weight or a metric is not finite."""
+    """In the zoo now."""
+    failed: int
+    """Runs of this session that are left out, because a weight or a metric is not finite."""
     seconds: float
+    stopped: str | None = None
+    """None, ``interrupted`` or ``time limit``; the same call then carries on."""
 
 
 def run_config(plan: ZooPlan, seed: int, index: int, shape: Sequence[int], classes: int) -> dict[str, Any]:
@@ -93,24 +99,10 @@ def run_config(plan: ZooPlan, seed: int, index: int, shape: Sequence[int], class
     rng = np.random.default_rng(int.from_bytes(digest[8:16], "little"))
     drawn = {key: values[int(rng.integers(len(values)))] for key, values in sorted(plan.settings.items())}
     network = {"model::type": plan.network, "model::channels_in": shape[0], "model::o_dim": classes}
+    network["dataset::name"] = plan.data
     if plan.network == "MLP":  # two layers, unless something else is drawn
         network |= {"model::i_dim": math.prod(shape), "model::h_dim": [32, 32]}
     return {**DEFAULTS, **network, **drawn, "seed": int.from_bytes(digest[:7], "little")}
-
-
-def fitting_splits(plan: ZooPlan, splits: Splits, device: torch.device) -> Splits:
-    """The images that are used, in the size that the network takes."""
-    size = input_shape({"model::type": plan.network, "model::i_dim": 0})[1:]
-
-    def fit(part: Part, count: int | None) -> Part:
-        images = part.images[:count].to(device)
-        if size and tuple(images.shape[2:]) != tuple(size):
-            images = F.interpolate(images, size=size, mode="bilinear")
-        return Part(images, part.labels[:count].to(device))
-
-    test = fit(splits.test, plan.test_images)
-    own = splits.validation is not splits.test
-    return Splits(fit(splits.train, plan.train_images), fit(splits.validation, plan.test_images) if own else test, test)
 
 
 def train_zoo(
@@ -121,12 +113,12 @@ def train_zoo(
     seed: int = 0,
     chunk: int = 10,
     split: tuple[float, float, float] = (0.7, 0.15, 0.15),
-    data_dir: str | Path | None = None,
-    download: bool = False,
+    data_dir: Path | None = None,
     device: str = "auto",
     ray: bool = False,
-    progress: bool = True,
-) -> ZooResult:
+    limit_seconds: float | None = None,
+    quiet: bool = True,
+) -> ZooReport:
     """Train runs of a plan until a zoo has as many of this seed; what is there is left out.
 
     Args:
@@ -137,10 +129,10 @@ def train_zoo(
         chunk: Runs that are written together; what is not written is trained again after a kill.
         split: Fractions of training, validation and test runs.
         data_dir: Folder with the images, unless they come with scikit-learn.
-        download: Let torchvision fetch missing data into it.
         device: ``auto``, ``cpu`` or ``cuda``.
         ray: Train on a Ray cluster, a CPU (or GPU) for each run.
-        progress: Show a bar on stderr.
+        limit_seconds: Stop after this time.
+        quiet: No bar on stderr.
 
     Raises:
         ValueError: The plan cannot be carried out, or the folder holds another zoo.
@@ -151,31 +143,48 @@ def train_zoo(
     if ray and find_spec("ray") is None:
         raise ImportError('--ray needs Ray: pip install "sane[tune]"')
     _check(plan, runs, chunk)
-    splits = fitting_splits(plan, load_dataset(plan.data, data_dir, download=download), place)
+    shape = input_shape(
+        {"model::type": plan.network, "model::i_dim": 0, "model::channels_in": 3 if plan.data == "cifar10" else 1}
+    )
+    splits = _on(images_of({"data": plan.data}, shape if len(shape) > 1 else None, data_dir=data_dir), plan, place)
     work = ZooWork(plan, splits, seed)
     work.check()
     zoo = Zoo.create(
         folder,
         layout=ParameterLayout.from_module(build_network(work.config(0))),
-        task=plan.data,
+        creator="sane",
         split=split,
         attributes={"plan": json.loads(json.dumps(asdict(plan)))},
         exist_ok=True,
     )
     parts = _missing(zoo, seed, runs, chunk)
-    todo, dropped = sum(map(len, parts)), 0
-    with tqdm(total=runs, initial=runs - todo, desc=plan.network, unit="run", disable=not progress) as bar:
-        results = (_on_cluster if ray else map)(work, [index for part in parts for index in part])
+    todo, failed, stopped = sum(map(len, parts)), 0, None
+    bar = tqdm(total=runs, initial=runs - todo, desc=plan.network, unit="run", disable=quiet)
+    with bar, deferred_interrupt() as interrupted, closing(_trained(work, parts, ray=ray)) as results:
         for part in parts:
-            good = []
+            done: list[Run | None] = []
             for run in itertools.islice(results, len(part)):
-                good += [run] if run is not None else []
+                done.append(run)
                 bar.update()
-            dropped += len(part) - len(good)
+                late = limit_seconds is not None and time.monotonic() - began > limit_seconds
+                stopped = "interrupted" if interrupted() else "time limit" if late else None
+                if stopped:
+                    break
+            good = [run for run in done if run is not None]
+            failed += len(done) - len(good)
             if good:
-                zoo.append(good, name=f"runs-s{seed}-{part[0]:06d}-{part[-1]:06d}")
+                zoo.append(good, name=f"runs-s{seed}-{part[0]:06d}-{part[0] + len(done) - 1:06d}")
+            if stopped:
+                break
     zoo.refresh()
-    return ZooResult(len(zoo), dropped, time.monotonic() - began)
+    return ZooReport(Path(folder), len(zoo), failed, time.monotonic() - began, stopped)
+
+
+def _on(splits: Splits, plan: ZooPlan, place: torch.device) -> Splits:
+    """The images that are used, on a device."""
+    limits = (plan.train_images, plan.test_images, plan.test_images)
+    parts = [first_images(part, limit) for part, limit in zip(splits, limits, strict=True)]
+    return Splits(*(Part(part.images.to(place), part.labels.to(place)) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -195,7 +204,9 @@ class ZooWork:
         """Train a run; None if a number in it is not finite."""
         config, plan = self.config(index), self.plan
         trained = train_run(config, self.splits, plan.epochs, plan.saved(), plan.start)
-        return trained.run(f"s{self.seed}-{index:06d}", plan.saved(), {**config, "index": index})
+        return trained.run(
+            f"{plan.data}-{plan.network}-s{self.seed}-{index:06d}", plan.saved(), {**config, "index": index}
+        )
 
     def check(self) -> None:
         """Refuse, before the work, values that cannot be built or do not belong to one layout."""
@@ -249,7 +260,13 @@ def _missing(zoo: Zoo, seed: int, runs: int, chunk: int) -> list[range]:
     ]
 
 
-def _on_cluster(work: ZooWork, indices: Sequence[int]) -> Iterator[Run | None]:
+def _trained(work: ZooWork, parts: Sequence[range], *, ray: bool) -> Generator[Run | None]:
+    """Train runs in order, here or on a cluster."""
+    indices = [index for part in parts for index in part]
+    yield from _on_cluster(work, indices) if ray else map(work, indices)
+
+
+def _on_cluster(work: ZooWork, indices: Sequence[int]) -> Generator[Run | None]:
     """Train runs on a Ray cluster, in order, twice as many at a time as it has places; dead workers are replaced."""
     # read when Ray is imported: workers shall use this environment as it is, and tell nobody about it
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")

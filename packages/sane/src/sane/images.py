@@ -11,7 +11,7 @@ from zoo_common.tasks import get_task
 
 
 def images_of(
-    facts: Mapping[str, Any], shape: tuple[int, ...], data: str | None = None, data_dir: Path | None = None
+    facts: Mapping[str, Any], shape: tuple[int, ...] | None, data: str | None = None, data_dir: Path | None = None
 ) -> Splits:
     """Images for the networks that the facts of a zoo or model name, in the shape of their inputs.
 
@@ -20,7 +20,7 @@ def images_of(
 
     Args:
         facts: Those of :func:`sane.preparation.facts_of`.
-        shape: Of one input.
+        shape: Of one input; None: as the data set has them.
         data: Data set, if the facts name none.
         data_dir: Folder with its files.
 
@@ -50,8 +50,8 @@ def first_images(part: Part, limit: int | None) -> Part:
     return Part(part.images[:limit], part.labels[:limit])
 
 
-def _shaped(images: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tuple(images.shape[1:]) == tuple(shape):
+def _shaped(images: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+    if shape is None or tuple(images.shape[1:]) == tuple(shape):
         return images
     if len(shape) == 1 and images[0].numel() == shape[0]:
         return images.flatten(1)
