@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what a type checker sees
     from pilimit.checkpoint import load_net as load_net
     from pilimit.checkpoint import load_optimizer as load_optimizer
     from pilimit.checkpoint import save_net as save_net
+    from pilimit.expansion import KernelModel as KernelModel
     from pilimit.finite import FinMLP as FinMLP
     from pilimit.finite import FinPiInputLinearReLU as FinPiInputLinearReLU
     from pilimit.finite import FinPiLinearReLU as FinPiLinearReLU
@@ -19,10 +20,13 @@ if TYPE_CHECKING:  # what a type checker sees
     from pilimit.infinite import InfMLP as InfMLP
     from pilimit.infinite import InfPiInputLinearReLU as InfPiInputLinearReLU
     from pilimit.infinite import InfPiLinearReLU as InfPiLinearReLU
+    from pilimit.kernels import nngp as nngp
+    from pilimit.kernels import ntk as ntk
     from pilimit.optim import PiSGD as PiSGD
     from pilimit.optim import clip_grad_norm_ as clip_grad_norm_
     from pilimit.optim import grad_norms as grad_norms
     from pilimit.optim import param_groups as param_groups
+    from pilimit.regression import fit_kernel as fit_kernel
 
 _MODULE_OF = {
     "FinMLP": "finite",
@@ -31,14 +35,18 @@ _MODULE_OF = {
     "InfMLP": "infinite",
     "InfPiInputLinearReLU": "infinite",
     "InfPiLinearReLU": "infinite",
+    "KernelModel": "expansion",
     "PiSGD": "optim",
     "clip_grad_norm_": "optim",
+    "fit_kernel": "regression",
     "from_converted_original": "checkpoint",
     "grad_norms": "optim",
     "load_metadata": "checkpoint",
     "load_net": "checkpoint",
     "load_optimizer": "checkpoint",
     "mu_net": "finite",
+    "nngp": "kernels",
+    "ntk": "kernels",
     "param_groups": "optim",
     "save_net": "checkpoint",
 }

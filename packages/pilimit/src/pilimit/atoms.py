@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from pilimit.expectations import wide
+from pilimit.expectations import operator_norm, wide
 
 _SCALES = (1e-6, 1e6)
 """Between these the common factor of all multipliers stays apart; beyond, it would cost them digits."""
@@ -218,7 +218,12 @@ class AtomsParameter(nn.Parameter):
         """The rows (A, B) that the next step appends, (n, r_out) and (n, r); None if there are none."""
         return self.atoms.pending[0] if self.grad is not None else None
 
-    def _flags(self) -> tuple[bool, bool, float]:
+    def gradient_norm(self) -> Tensor:
+        """Hilbert-Schmidt norm of what the next step appends, before its learning rate."""
+        rows = self.pending()
+        return self.new_zeros(()) if rows is None else operator_norm(*rows)
+
+    def _flags(self) -> tuple[Any, ...]:
         return self.requires_grad, self.output_layer, self.lr_mult
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AtomsParameter":

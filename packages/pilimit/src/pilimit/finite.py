@@ -202,10 +202,14 @@ class FinPiLinearReLU(FinPiLayer):
 
     def forward(self, u: Tensor) -> Tensor:
         """Pre-activations (b, n_out)."""
+        return self._linear(self.activations(u))
+
+    def activations(self, u: Tensor) -> Tensor:
+        """What the weights act on (b, n_in)."""
         u = self._checked(u, self.weight)
         if self.layernorm:
             u = u / (LAYERNORM_EPS + torch.linalg.vector_norm(u, dim=1, keepdim=True))
-        return self._linear(self.nonlin(u))
+        return self.nonlin(u)
 
 
 def _omega(n: int, r: int, given: Tensor | None, like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -298,6 +302,13 @@ class FinMLP(PiMLP):
             FinPiLinearReLU(r, width, d_out, self.last_bias_alpha, True, layernorm, last, drawn[-1], **common)
         )
         self.layers = nn.ModuleList(layers)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Last activations (b, width), whose kernel approaches that of the infinite net's features."""
+        u = self.first_layer_alpha * self.layers[0](x.flatten(1))
+        for layer in self.layers[1:-1]:
+            u = layer(u)
+        return self.layers[-1].activations(u)  # type: ignore[operator]
 
     @classmethod
     def sample(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pilimit.atoms import AtomsParameter, align
-from pilimit.expectations import operator_norm, wide
+from pilimit.expectations import wide
 
 
 class PiSGD(Optimizer):
@@ -162,9 +162,8 @@ def grad_norms(parameters: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
     norms: list[tuple[Tensor, Tensor]] = []
     for p in parameters:
         if isinstance(p, AtomsParameter):
-            rows = p.pending()
-            if rows is not None:
-                norms.append((p, operator_norm(*rows)))
+            if p.pending() is not None:
+                norms.append((p, p.gradient_norm()))
         elif p.grad is not None:
             norms.append((p, torch.linalg.vector_norm(p.grad, dtype=wide(p.grad.dtype))))
     return norms
