@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # what a type checker sees
     from pilimit.checkpoint import load_net as load_net
     from pilimit.checkpoint import load_optimizer as load_optimizer
     from pilimit.checkpoint import save_net as save_net
+    from pilimit.ensemble import FinEnsemble as FinEnsemble
+    from pilimit.ensemble import width_study as width_study
     from pilimit.expansion import KernelModel as KernelModel
     from pilimit.finite import FinMLP as FinMLP
     from pilimit.finite import FinPiInputLinearReLU as FinPiInputLinearReLU
@@ -29,6 +31,7 @@ if TYPE_CHECKING:  # what a type checker sees
     from pilimit.regression import fit_kernel as fit_kernel
 
 _MODULE_OF = {
+    "FinEnsemble": "ensemble",
     "FinMLP": "finite",
     "FinPiInputLinearReLU": "finite",
     "FinPiLinearReLU": "finite",
@@ -49,6 +52,7 @@ _MODULE_OF = {
     "ntk": "kernels",
     "param_groups": "optim",
     "save_net": "checkpoint",
+    "width_study": "ensemble",
 }
 
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605 (computed from the table above)
