@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # what a type checker sees
     from pilimit.optim import clip_grad_norm_ as clip_grad_norm_
     from pilimit.optim import grad_norms as grad_norms
     from pilimit.optim import param_groups as param_groups
+    from pilimit.recompression import reduce_atoms as reduce_atoms
     from pilimit.regression import fit_kernel as fit_kernel
 
 _MODULE_OF = {
@@ -51,6 +52,7 @@ _MODULE_OF = {
     "nngp": "kernels",
     "ntk": "kernels",
     "param_groups": "optim",
+    "reduce_atoms": "recompression",
     "save_net": "checkpoint",
     "width_study": "ensemble",
 }

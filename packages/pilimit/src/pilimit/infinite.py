@@ -402,11 +402,15 @@ class InfMLP(PiMLP):
         return (self.last_layer_alpha * g).to(self.dtype), hidden
 
     def features(self, x: Tensor) -> Tensor:
-        """Unit rows (b, r) that enter the output layer: the learned features, whose kernel is ``2 F00``."""
+        """Unit rows (b, r) that enter the output layer: the learned features, whose kernel is ``F00``."""
+        return directions(self.pre_activations(x))[1]
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """What enters the output layer, (b, r)."""
         g = self.first_layer_alpha * self.layers[0](x.flatten(1))
         for layer in self.infinite_layers()[:-1]:
             g = layer(g)
-        return directions(g)[1]
+        return g
 
     def infinite_layers(self) -> list[InfPiLinearReLU]:
         """The layers with atoms."""
