@@ -1,6 +1,7 @@
 """The ``pilimit`` command."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +9,21 @@ from pathlib import Path
 import tyro
 from zoo_common.command import run_command
 
+from pilimit.config import EvalConfig, KernelConfig, TrainConfig, WidthsConfig, expand_presets
+
 DESCRIPTION = """Infinite-width networks that learn features, and their finite twins.
 
 Examples:
+  pilimit train digits --save-dir run --epochs 10 --r 50 --lr 0.5 --batch-size 8
+  pilimit train mnist --data-root data --max-atoms 4000 --save-dir run
+  pilimit train cifar10 --data-root data --preset infinite --save-dir run     the published run
+  pilimit eval run digits                                                     loss and accuracy
+  pilimit kernel mnist --data-root data --kernel ntk --train-subset-size 5000
+  pilimit widths digits --plot widths.png                                     finite nets approach the infinite one
   pilimit convert epoch46.th my-net      a published checkpoint to a folder of our own; nothing in it is executed
   pilimit sample my-net finite.safetensors --width 2048
 
-Planned: train, eval, transfer, maml, kernel, sweep.
+Planned: transfer, maml, sweep.
 """
 
 
@@ -71,8 +80,39 @@ def _sample(config: SampleConfig) -> None:
     print(f"{config.target}: width {config.width}, depth {net.depth}")
 
 
+def _train(config: TrainConfig) -> int:
+    from pilimit.commands import run_train
+
+    return run_train(config)
+
+
+def _eval(config: EvalConfig) -> int:
+    from pilimit.commands import run_eval
+
+    return run_eval(config)
+
+
+def _kernel(config: KernelConfig) -> int:
+    from pilimit.commands import run_kernel
+
+    return run_kernel(config)
+
+
+def _widths(config: WidthsConfig) -> int:
+    from pilimit.commands import run_widths
+
+    return run_widths(config)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    return run_command(
-        "pilimit", DESCRIPTION, {"convert": (ConvertConfig, _convert), "sample": (SampleConfig, _sample)}, argv
-    )
+    commands = {
+        "train": (TrainConfig, _train), "eval": (EvalConfig, _eval), "kernel": (KernelConfig, _kernel),
+        "widths": (WidthsConfig, _widths), "convert": (ConvertConfig, _convert), "sample": (SampleConfig, _sample),
+    }  # fmt: skip
+    try:
+        arguments = expand_presets(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        sys.stderr.write(f"pilimit: {error}\n")
+        return 1
+    return run_command("pilimit", DESCRIPTION, commands, arguments)

@@ -346,8 +346,15 @@ def mu_net(
         options: Further arguments of :class:`FinMLP`.
     """
     net = FinMLP(d_in, d_out, 1, width, project=False, **options)
-    with torch.no_grad():
-        for layer in net.layers:
-            assert isinstance(layer, FinPiLayer)
-            layer.weight.normal_(0, (2 / layer.n_in) ** 0.5, generator=generator)
+    gaussian_init_(net, generator)
     return net
+
+
+@torch.no_grad()
+def gaussian_init_(net: FinMLP, generator: torch.Generator | None = None) -> None:
+    """Replace all weights by Gaussian ones of variance 2 / fan-in; biases become zero."""
+    for layer in net.layers:
+        assert isinstance(layer, FinPiLayer)
+        layer.weight.normal_(0, (2 / layer.n_in) ** 0.5, generator=generator)
+        if layer.bias is not None:
+            layer.bias.zero_()

@@ -209,7 +209,7 @@ class InfPiLinearReLU(PiLayer):
         if not self.return_hidden:
             return y
         s, gbar = directions(g)
-        return Hidden(y, gbar, gbar @ self.atoms.tensors()[1].to(gbar.dtype).T, s)
+        return Hidden(y, gbar, gbar @ self.atoms.tensors()[1].to(gbar).T, s)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -396,7 +396,7 @@ class InfMLP(PiMLP):
         hidden: list[Hidden] = []
         for layer in self.infinite_layers():
             s, gbar = directions(g)
-            q = gbar @ layer.atoms.tensors()[1].to(gbar.dtype).T
+            q = gbar @ layer.atoms.tensors()[1].to(gbar).T
             g = layer(g)
             hidden.append(Hidden(g, gbar, q, s))
         return (self.last_layer_alpha * g).to(self.dtype), hidden
