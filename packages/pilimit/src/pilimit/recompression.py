@@ -45,9 +45,9 @@ class Compression:
 def gram(x: Tensor, y: Tensor) -> Tensor:
     """F00 of all pairs of unit rows (n, r) and (m, r)."""
     c = (x @ y.T).clamp_(-1, 1)
-    angle = torch.acos(-c)
-    root = (1 - c).mul_(1 + c).sqrt_()
-    return root.addcmul_(c, angle).div_(TWO_PI)
+    angle = c.neg()
+    root = (1 + c).mul_(angle + 1).sqrt_()
+    return root.addcmul_(c, angle.acos_()).mul_(1 / TWO_PI)
 
 
 def choose_pivots(b: Tensor, weights: Tensor, count: int) -> Tensor:
@@ -99,17 +99,16 @@ def _local_pivots(
     return candidates[picks], steps[picks, : len(picks)].tril().to(b)
 
 
-def _project(b: Tensor, c: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients (k, p) of the chosen rows that are nearest to all, and the products (k, p) with the kernel."""
-    own = gram(b[chosen], b[chosen]).fill_diagonal_(0.5)
-    target = sum_kernel(b[chosen], b, c)
-    own.diagonal().add_(_JITTER * len(chosen) / 2)
-    return torch.cholesky_solve(target, torch.linalg.cholesky(own)), target
-
-
-def sum_kernel(x: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Kernel of unit rows (n, r) and (m, r), times c (m, p), block by block."""
-    return torch.cat([gram(rows, b) @ c for rows in x.split(_ROWS)])
+def _project(b: Tensor, c: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients (k, p) of the chosen rows that are nearest to all; their kernel (k, k), and with all times c (k, p)."""
+    own, target = b.new_empty(len(chosen), len(chosen)), c.new_empty(len(chosen), c.shape[1])
+    for start in range(0, len(chosen), _ROWS):
+        rows = slice(start, start + _ROWS)
+        values = gram(b[chosen[rows]], b)
+        own[rows], target[rows] = values[:, chosen], values @ c
+    own.fill_diagonal_(0.5)
+    jitter = torch.eye(len(chosen), dtype=b.dtype, device=b.device) * (_JITTER * len(chosen) / 2)
+    return torch.cholesky_solve(target, torch.linalg.cholesky(own + jitter)), target, own
 
 
 def _square_norm(b: Tensor, c: Tensor) -> Tensor:
@@ -151,7 +150,7 @@ def recompress(
     c = torch.cat(parts, 1)
     weights = sum(part.square().sum(1) / part.square().sum().clamp(min=1e-300) for part in parts)
     chosen = choose_pivots(b.to(wide(atoms.dtype)), weights.to(wide(atoms.dtype)), keep // len(parts))
-    found, target = _project(b, c, chosen)
+    found, target, own = _project(b, c, chosen)
     atoms.clear()
     scales = [part.norm(dim=1) for part in found.split(p, 1)]
     stored = []
@@ -160,17 +159,19 @@ def recompress(
         scale = scale.to(amult.dtype)
         atoms.append(unit, rows[chosen], scale if not i else torch.zeros_like(scale))
         stored.append(unit.double() * scale.double()[:, None])
-    norms = _norms(b, c, chosen, torch.cat(stored, 1), target).view(2, len(parts), p).sum(2)
+    norms = _norms(b, c, chosen, torch.cat(stored, 1), target, own).view(2, len(parts), p).sum(2)
     compression = Compression(before, len(atoms), *norms.clamp(min=0).sqrt().T.flatten().tolist())
     if velocity is None:
         return compression, None
     return compression, align(torch.cat([torch.zeros_like(scales[1]), scales[1]]).to(amult.dtype), atoms)
 
 
-def _norms(b: Tensor, c: Tensor, chosen: Tensor, stored: Tensor, target: Tensor) -> Tensor:
+def _norms(b: Tensor, c: Tensor, chosen: Tensor, stored: Tensor, target: Tensor, own: Tensor) -> Tensor:
     """Square norms per column, (2, p): of the layer, and of its difference from the chosen rows with new coefficients."""
-    own = gram(b[chosen], b[chosen]).fill_diagonal_(0.5)
-    squares = _square_norm(b, c)
+    others = torch.ones(len(b), dtype=torch.bool, device=b.device)
+    others[chosen] = False
+    c_own = c[chosen]
+    squares = (2 * c_own * target).sum(0) - (c_own * (own @ c_own)).sum(0) + _square_norm(b[others], c[others])
     distance = squares - 2 * (stored * target).sum(0) + (stored * (own @ stored)).sum(0)
     return torch.stack([squares, distance])
 
