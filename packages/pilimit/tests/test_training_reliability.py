@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from pilimit import load_metadata, load_net
-from support.reliability import assert_one_error_line, run, run_killed, run_signalled, truncate
+from support.reliability import assert_one_error_line, interpreted, run, run_killed, run_signalled, truncate
 from zoo_common.files import TensorFile
 
 PROGRAMS = Path(__file__).parents[3] / "tests" / "programs"
@@ -29,7 +29,9 @@ def log(folder):
 def assert_same_run(actual, expected):
     assert log(actual) == log(expected)
     if (expected / "state.safetensors").exists():
-        a, b = (TensorFile(folder / "state.safetensors", "weightspace-training").load() for folder in (actual, expected))
+        a, b = (
+            TensorFile(folder / "state.safetensors", "weightspace-training").load() for folder in (actual, expected)
+        )
         names = [name for name in b if "random" not in name]
     else:
         a, b = (load_net(folder / "net").state_dict() for folder in (actual, expected))
@@ -92,7 +94,7 @@ def test_ctrl_c_saves_and_is_one_line(whole, tmp_path, options):
 @pytest.mark.parametrize("options", [INFINITE, FINITE], ids=["infinite", "finite"])
 def test_a_full_disk_is_one_line_and_the_state_before_stays(whole, tmp_path, options):
     limit = "12000" if options == INFINITE else "20000"
-    result = run([PROGRAMS / "restricted.py", limit, *command(tmp_path, options)])
+    result = run([PROGRAMS / "restricted.py", limit, *interpreted(command(tmp_path, options))])
     assert_one_error_line(result, "File too large")
     result = run(command(tmp_path, options))
     assert result.returncode == 0, result.stderr

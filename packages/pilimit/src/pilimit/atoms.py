@@ -109,12 +109,14 @@ class Atoms:
         return parts if self.home == self.device else self._streamed(parts)
 
     def _streamed(self, parts: Iterator[Rows]) -> Iterator[Rows]:
-        stream, waiting = torch.cuda.Stream(self.device), None
+        stream = torch.cuda.Stream(self.device)
+        waiting: tuple[Rows, torch.cuda.Event] | None = None
         for part in chain(parts, [None]):
             coming = None
             if part is not None:
                 with torch.cuda.stream(stream):
-                    coming = tuple(t.to(self.device, non_blocking=True) for t in part), stream.record_event()
+                    a, b, amult = (t.to(self.device, non_blocking=True) for t in part)
+                    coming = (a, b, amult), stream.record_event()
             if waiting is not None:
                 current = torch.cuda.current_stream(self.device)
                 current.wait_event(waiting[1])

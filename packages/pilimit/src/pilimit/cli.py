@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from zoo_common.command import run_command
+from zoo_common.command import Commands, run_command
 
 from pilimit.config import EvalConfig, KernelConfig, TrainConfig, WidthsConfig, expand_presets
 
@@ -106,7 +106,7 @@ def _widths(config: WidthsConfig) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    commands = {
+    commands: Commands = {
         "train": (TrainConfig, _train), "eval": (EvalConfig, _eval), "kernel": (KernelConfig, _kernel),
         "widths": (WidthsConfig, _widths), "convert": (ConvertConfig, _convert), "sample": (SampleConfig, _sample),
     }  # fmt: skip

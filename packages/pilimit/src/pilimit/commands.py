@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from pilimit.config import EvalConfig, KernelConfig, TrainConfig, WidthsConfig
 from pilimit.ensemble import draw_widths, width_study
@@ -24,7 +24,8 @@ from pilimit.training import TrainReport, choose_data, choose_device, evaluate, 
 def run_train(config: TrainConfig) -> int:
     """Train; 130 if Ctrl-C stopped it."""
     if config.test:
-        assert config.model_path is not None
+        if config.model_path is None:
+            raise ValueError("--test needs --model-path")
         names = {field.name for field in dataclasses.fields(EvalConfig)}
         shared = {name: value for name, value in vars(config).items() if name in names}
         return run_eval(EvalConfig(source=config.model_path, **shared))
@@ -35,15 +36,9 @@ def run_train(config: TrainConfig) -> int:
         print(_told(report))
     if report.interrupted:
         where = "go on with --resume" if config.save_dir else "nothing was saved, for want of --save-dir"
-        tqdm.write(f"pilimit: interrupted at step {report.step} of {report.steps}; {where}", file=_stderr())
+        sys.stderr.write(f"pilimit: interrupted at step {report.step} of {report.steps}; {where}\n")
         return 130
     return 0
-
-
-def _stderr() -> Any:  # noqa: ANN401
-    import sys
-
-    return sys.stderr
 
 
 def _told(report: TrainReport) -> str:
@@ -70,14 +65,18 @@ def run_eval(config: EvalConfig) -> int:
     images = data.test.images.flatten(1).to(device, net.dtype)
     loss, accuracy = evaluate(net, images, data.test.labels.to(device), settings)
     result = {"test_loss": loss, "test_acc": accuracy, "images": len(images), "width": getattr(net, "width", None)}
-    print(json.dumps(result) if config.json else f"test loss {loss:.4f}, accuracy {accuracy:.4f} ({len(images)} images)")
+    print(
+        json.dumps(result) if config.json else f"test loss {loss:.4f}, accuracy {accuracy:.4f} ({len(images)} images)"
+    )
     return 0
 
 
 def _settings(config: EvalConfig | KernelConfig | WidthsConfig) -> TrainConfig:
     """The options of a training that an evaluation shares with it."""
     names = ("dataset", "data_root", "test_batch_size", "train_subset_size", "test_subset_size", "loss", "cuda", "seed")
-    return TrainConfig(**{name: getattr(config, name) for name in names if hasattr(config, name)})
+    settings = TrainConfig(**{name: getattr(config, name) for name in names if hasattr(config, name)})
+    settings.check()
+    return settings
 
 
 def run_kernel(config: KernelConfig) -> int:
@@ -121,8 +120,8 @@ def _kernel(config: KernelConfig) -> Kernel:
     n = config.depth
     if config.kernel == "ntk":
         rates = [config.first_layer_lr_mult, *[1.0] * (n - 1), config.last_layer_lr_mult]
-        biases = {"varbs": [config.varb] * (n + 1), "lrbs": [config.bias_lr_mult] * (n + 1)}
-        return partial(ntk, varws=[config.varw] * (n + 1), lrws=rates, **biases, mode=config.mode)
+        more: dict[str, Any] = {"varbs": [config.varb] * (n + 1), "lrbs": [config.bias_lr_mult] * (n + 1)}
+        return partial(ntk, varws=[config.varw] * (n + 1), lrws=rates, **more, mode=config.mode)
     return partial(nngp, varws=[config.varw] * n, varbs=[config.varb] * n)
 
 

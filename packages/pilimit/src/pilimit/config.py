@@ -1,7 +1,7 @@
 """Options of a training, with the published names, and the published settings as presets."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -162,7 +162,7 @@ class TrainConfig:
     json: bool = False
     """Print one JSON object."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Reject what would only fail later.
 
         Raises:
@@ -170,34 +170,38 @@ class TrainConfig:
         """
         positive = ("batch_size", "test_batch_size", "accum_steps", "depth", "r", "epochs", "train_subset_size")
         for name in (*positive, "test_subset_size", "max_atoms", "keep_atoms", "checkpoint_steps", "cuda_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        for name in ("lr", "momentum", "wd", "gclip", "teacher_temp", "width"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {value}")
-        if self.width is None or self.width == 0:
+            self._check(name, lambda value: value >= 1, "at least 1")
+        for name in ("lr", "momentum", "wd", "gclip", "width"):
+            self._check(name, lambda value: value >= 0, "at least 0")
+        self._check("teacher_temp", lambda value: value > 0, "positive")
+        if self.infinite:
             for name in ("gaussian_init", "no_Gproj", "tie_omegas"):
                 if getattr(self, name):
-                    raise ValueError(f"--{name.replace('_', '-')} is for finite nets: give --width, or leave it out")
+                    raise ValueError(f"{_flag(name)} is for finite nets: give --width, or leave it out")
+            self._check_bound()
         elif self.max_atoms is not None or self.max_memory is not None or self.cuda_batch_size is not None:
             raise ValueError("a finite net has no atoms: leave out --max-atoms, --max-memory and --cuda-batch-size")
-        if self.keep_atoms is not None and self.keep_atoms >= (self.max_atoms or 0):
-            raise ValueError(f"--keep-atoms ({self.keep_atoms}) must be below --max-atoms ({self.max_atoms})")
-        if self.max_atoms is not None and self.max_atoms - self.kept < self.batch_size * self.accum_steps:
-            raise ValueError(
-                f"--max-atoms {self.max_atoms} leaves no room for one step of {self.batch_size * self.accum_steps} "
-                f"samples beside the {self.kept} atoms that are kept: raise it"
-            )
         if (self.resume or self.save_model) and self.save_dir is None:
             raise ValueError("--resume and --save-model need --save-dir")
-        if self.test and self.model_path is None:
-            raise ValueError("--test needs --model-path")
         for name in ("lr_drop_milestones", "gclip_drop_milestones"):
-            milestones(getattr(self, name), 1, "--" + name.replace("_", "-"))
+            milestones(getattr(self, name), 1, _flag(name))
         if self.scheduler == "multistep" and not self.lr_drop_milestones:
             raise ValueError("--scheduler multistep needs --lr-drop-milestones")
+
+    def _check(self, name: str, holds: Callable[[Any], bool], told: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not holds(value):
+            raise ValueError(f"{_flag(name)} must be {told}, got {value}")
+
+    def _check_bound(self) -> None:
+        if self.keep_atoms is not None and self.keep_atoms >= (self.max_atoms or 0):
+            raise ValueError(f"--keep-atoms ({self.keep_atoms}) must be below --max-atoms ({self.max_atoms})")
+        rows = self.batch_size * self.accum_steps
+        if self.max_atoms is not None and self.max_atoms - self.kept < rows:
+            raise ValueError(
+                f"--max-atoms {self.max_atoms} leaves no room for one step of {rows} samples beside the {self.kept} "
+                "atoms that are kept: raise it"
+            )
 
     @property
     def infinite(self) -> bool:
@@ -217,7 +221,12 @@ class TrainConfig:
     def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
         """The inverse of :meth:`to_json`."""
         paths = ("data_root", "save_dir", "model_path", "teacher_path")
-        return cls(**{name: Path(v) if name in paths and v is not None else v for name, v in values.items()})
+        read: dict[str, Any] = {name: Path(v) if name in paths and v is not None else v for name, v in values.items()}
+        return cls(**read)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def milestones(text: str, steps_per_epoch: int, name: str = "milestones") -> list[int]:

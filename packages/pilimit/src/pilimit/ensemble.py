@@ -34,7 +34,7 @@ class FinEnsemble(nn.Module):
         super().__init__()
         if not nets or len({str([tuple(p.shape) for p in net.parameters()]) for net in nets}) > 1:
             raise ValueError("an ensemble needs nets of one shape, at least one")
-        parameters, buffers = stack_module_state(list(nets))  # type: ignore[arg-type]
+        parameters, buffers = stack_module_state(list(nets))
         self._single = [copy.deepcopy(nets[0]).to("meta")]  # in a list, so that it is no child
         self.layers = copy.deepcopy(nets[0]).layers
         for name, value in parameters.items():

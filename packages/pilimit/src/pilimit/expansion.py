@@ -1,7 +1,7 @@
 r"""The growing kernel expansion :math:`f(x) = \sum_m K(x, X_m) c_m`: what training does to a net that learns no features."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,16 @@ class Coefficients(AtomsParameter):
 
     kernels: tuple[Kernel, ...]
 
-    def __new__(cls, *flags: Any, kernels: tuple[Kernel, ...] = (), **options: Any) -> "Coefficients":  # noqa: ANN401
-        """Arguments of :class:`AtomsParameter`, and the kernels, which a copy gets as its last."""
-        *flags, kernels = flags if len(flags) == 5 else (*flags, kernels)
-        parameter = super().__new__(cls, *flags, **options)
+    def __new__(
+        cls,
+        atoms: Atoms,
+        requires_grad: bool = True,
+        output_layer: bool = False,
+        lr_mult: float = 1.0,
+        kernels: tuple[Kernel, ...] = (),
+    ) -> Self:
+        """Arguments of :class:`AtomsParameter`, and the kernels."""
+        parameter = super().__new__(cls, atoms, requires_grad, output_layer, lr_mult)
         parameter.kernels = kernels
         return parameter
 
@@ -92,8 +98,9 @@ class _Expand(torch.autograd.Function):
         ctx.atoms, ctx.x = atoms, x
         y = x.new_zeros(len(x), atoms.r_out, dtype=wide(x.dtype))
         for a, b, amult in atoms.pieces(chunk(atoms, len(x))):
-            values = sum(kernel(x, b) for kernel in kernels)
-            y += values @ (a * amult[:, None]).to(y)
+            coefficients = (a * amult[:, None]).to(y)
+            for kernel in kernels:
+                y += kernel(x, b) @ coefficients
         return y * atoms.scale
 
     @staticmethod

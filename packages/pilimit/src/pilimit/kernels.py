@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from pilimit.expectations import f00, f11, wide
 
@@ -116,8 +117,8 @@ def feature_kernel(x: Tensor, y: Tensor | None = None) -> Tensor:
 
 def cosine_kernel(x: Tensor, y: Tensor | None = None) -> Tensor:
     """Half the cosine of the features (n, width) of a finite net: the same kernel, sampled."""
-    x, y = (None if rows is None else torch.nn.functional.normalize(rows, dim=1) for rows in (x, y))
-    return x @ (x if y is None else y).T / 2  # type: ignore[union-attr]
+    x = normalize(x, dim=1)
+    return x @ (x if y is None else normalize(y, dim=1)).T / 2
 
 
 def one_hidden_layer(

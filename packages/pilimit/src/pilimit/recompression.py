@@ -148,7 +148,7 @@ def recompress(
         v = torch.cat([part[: block.size] for part, block in zip(velocity, atoms.blocks, strict=True)])
         parts.append(a * v.double()[:, None])
     c = torch.cat(parts, 1)
-    weights = sum(part.square().sum(1) / part.square().sum().clamp(min=1e-300) for part in parts)
+    weights = torch.stack([part.square().sum(1) / part.square().sum().clamp(min=1e-300) for part in parts]).sum(0)
     chosen = choose_pivots(b.to(wide(atoms.dtype)), weights.to(wide(atoms.dtype)), keep // len(parts))
     found, target, own = _project(b, c, chosen)
     atoms.clear()

@@ -31,7 +31,17 @@ from pilimit.schedules import Factor, cosine, lagged, multistep
 HELD_OUT = 256
 """Images on which the change of the outputs by a recompression is measured."""
 CONFIG, METRICS, NET, STATE, CURVES = "config.json", "metrics.jsonl", "net", "state.safetensors", "curves.png"
-_FREE = ("resume", "quiet", "json", "limit_seconds", "data_root", "save_dir", "preset", "checkpoint_steps", "max_memory")
+_FREE = (
+    "resume",
+    "quiet",
+    "json",
+    "limit_seconds",
+    "data_root",
+    "save_dir",
+    "preset",
+    "checkpoint_steps",
+    "max_memory",
+)
 """Options that a resumed run may change."""
 
 
@@ -70,6 +80,7 @@ def train(config: TrainConfig, note: Callable[[str], None] = lambda text: None) 
         FileNotFoundError: No data, or nothing to resume.
         ValueError: Options contradict each other or the saved run, memory will run out, or the loss is not finite.
     """
+    config.check()
     folder = config.save_dir
     if folder is not None:
         check_folder(config, folder)
@@ -121,7 +132,9 @@ def build_net(config: TrainConfig, d_in: int, d_out: int, device: torch.device) 
     if config.model_path is not None:
         limit = load_net(config.model_path).to(dtype)
         if (limit.d_in, limit.d_out) != (d_in, d_out):
-            raise ValueError(f"{config.model_path} maps {limit.d_in} to {limit.d_out} values, the data {d_in} to {d_out}")
+            raise ValueError(
+                f"{config.model_path} maps {limit.d_in} to {limit.d_out} values, the data {d_in} to {d_out}"
+            )
     elif config.infinite:
         limit = InfMLP(
             d_in, d_out, config.r, config.depth - 1, *alphas, config.layernorm, dtype=dtype, generator=generator
@@ -143,7 +156,9 @@ def build_net(config: TrainConfig, d_in: int, d_out: int, device: torch.device) 
     return net.to(device)
 
 
-def evaluate(net: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, config: TrainConfig) -> tuple[float, float]:
+def evaluate(
+    net: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, config: TrainConfig
+) -> tuple[float, float]:
     """Mean loss and accuracy."""
     loss, correct = 0.0, 0
     with torch.no_grad():
@@ -170,8 +185,8 @@ def open_net(path: Path, device: torch.device | str = "cpu") -> PiMLP:
     if (path / NET).is_dir():
         return load_net(path / NET).to(device)
     config = TrainConfig.from_json(read_json(path / CONFIG)["config"])
-    shape = read_json(path / CONFIG)["shape"]
-    net = build_net(config, *shape, torch.device(device))
+    d_in, d_out = read_json(path / CONFIG)["shape"]
+    net = build_net(config, d_in, d_out, torch.device(device))
     optimizer = PiSGD(param_groups(net), 0.0)
     load_training(path / STATE, modules={"net": net}, optimizers={"sgd": optimizer})
     return net
@@ -187,12 +202,14 @@ class Training:
         self.data = data
         images = data.train.images
         self.shape = images[0].numel(), 10
-        self.net = build_net(config, *self.shape, self.device)
+        self.net = build_net(config, self.shape[0], self.shape[1], self.device)
         self.dtype = self.net.dtype
         self.images, self.labels = images.to(self.device), data.train.labels.to(self.device)
         self.test_images = data.test.images.flatten(1).to(self.device, self.dtype)
         self.test_labels = data.test.labels.to(self.device)
-        self.teacher = None if config.teacher_path is None else open_net(config.teacher_path, self.device).to(self.dtype)
+        self.teacher = (
+            None if config.teacher_path is None else open_net(config.teacher_path, self.device).to(self.dtype)
+        )
         self.samples = config.batch_size * config.accum_steps
         self.per_epoch = math.ceil(len(self.labels) / self.samples)
         self.steps = config.epochs * self.per_epoch
@@ -292,9 +309,7 @@ class Training:
             return None
         assert isinstance(self.net, InfMLP)
         began = time.monotonic()
-        done = reduce_atoms(
-            self.net, self.config.kept, optimizer=self.optimizer, held_out=self.test_images[:HELD_OUT]
-        )
+        done = reduce_atoms(self.net, self.config.kept, optimizer=self.optimizer, held_out=self.test_images[:HELD_OUT])
         return {"step": self.step, "compression": dataclasses.asdict(done), "seconds": time.monotonic() - began}
 
     def atoms(self) -> list[int]:
@@ -320,7 +335,7 @@ class Training:
                 now = time.monotonic()
                 if not c.quiet and now - shown > 0.5:
                     shown = now
-                    bar.set_postfix_str(self._postfix(now - began, bar.n - bar.initial))
+                    bar.set_postfix_str(self._postfix())
                 if self.step % self.per_epoch == 0:
                     self._end_epoch(log, now - epoch_began, note, bar)
                     epoch_began = time.monotonic()
@@ -336,13 +351,14 @@ class Training:
             draw_curves(self.epoch_lines, c.save_dir / CURVES)
         return self._report(time.monotonic() - began, stopped and interrupted())
 
-    def _postfix(self, seconds: float, steps: int) -> str:
+    def _postfix(self) -> str:
         text = f"loss {self._mean_loss():.3f}"
-        if self.forecast is not None:
-            now = self.forecast.seconds(max(self.atoms()))
-            end = self.forecast.seconds_at_end * (seconds / steps / now if steps and now else 1.0)
-            text += f", {max(self.atoms()):,} atoms, {atoms_bytes(self.net) / 1e9:.2f} GB, {1e3 * end:.1f} ms at the end"
-        return text
+        if self.forecast is None:
+            return text
+        end = 1e3 * self.forecast.seconds_at_end
+        return (
+            f"{text}, {max(self.atoms()):,} atoms, {atoms_bytes(self.net) / 1e9:.2f} GB, {end:.1f} ms/step at the end"
+        )
 
     def _mean_loss(self) -> float:
         return float(self.sums[0]) / ((self.step - 1) % self.per_epoch + 1)
