@@ -1,6 +1,6 @@
 """CPU seconds per step of a training with bounded atoms, recompression included: they do not grow with the steps.
 
-    OMP_NUM_THREADS=1 python packages/pilimit/benchmarks/bounded.py
+OMP_NUM_THREADS=1 python packages/pilimit/benchmarks/bounded.py
 """
 
 import argparse
@@ -17,6 +17,14 @@ from pilimit.training import Training, choose_data, evaluate
 from tqdm import tqdm
 
 
+def whole_rounds(times: list[float], marks: list[int], begin: int, end: int) -> float:
+    """Mean of the steps in a window that lie between its first and its last recompression, the last one included."""
+    inside = [mark for mark in marks if begin < mark <= end]
+    if len(inside) < 2:
+        raise SystemExit("a tenth of the steps has fewer than two recompressions: give more --steps")
+    return statistics.mean(times[inside[0] : inside[-1]])
+
+
 def main() -> None:
     """Print a JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,17 +39,18 @@ def main() -> None:
         gclip_per_param=True, wd=1e-5, bias_alpha=0.5, scheduler="cosine", max_atoms=options.max_atoms,
         keep_atoms=options.keep_atoms, quiet=True,
     )  # fmt: skip
-    run, times, changes = Training(config, choose_data(config)), [], []
+    run, times, changes, marks = Training(config, choose_data(config)), [], [], []
     for _ in tqdm(range(options.steps)):
         began = time.process_time()
         line = run.advance()
         times.append(time.process_time() - began)
         if line is not None:
             changes.append(line["compression"]["output_change"])
+            marks.append(run.step)
         if run.step % run.per_epoch == 0:
             run.sums.zero_()
     tenth = options.steps // 10
-    early, late = (statistics.mean(part) for part in (times[tenth : 2 * tenth], times[-tenth:]))
+    early, late = (whole_rounds(times, marks, end - tenth, end) for end in (2 * tenth, options.steps))
     _, accuracy = evaluate(run.net, run.test_images, run.test_labels, config)
     result = {
         "threads": torch.get_num_threads(), "steps": options.steps, "recompressions": len(changes),

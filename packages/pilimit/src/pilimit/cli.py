@@ -58,7 +58,7 @@ class SampleConfig:
     """Write a finite net that is sampled from an infinite one, as safetensors."""
 
     source: tyro.conf.Positional[Path]
-    """Folder of our own format, or a published file."""
+    """Folder of a run or of atoms, or a published file."""
     target: tyro.conf.Positional[Path]
     """File to write."""
     width: int = 1024
@@ -71,10 +71,13 @@ def _sample(config: SampleConfig) -> None:
     import torch
     from zoo_common.checkpoint import save_checkpoint
 
-    from pilimit.checkpoint import load_net
     from pilimit.finite import FinMLP
+    from pilimit.infinite import InfMLP
+    from pilimit.training import open_net
 
-    net = load_net(config.source)
+    net = open_net(config.source)
+    if not isinstance(net, InfMLP):
+        raise ValueError(f"{config.source} holds a finite net: only an infinite one can be sampled")
     finite = FinMLP.sample(net, config.width, generator=torch.Generator().manual_seed(config.seed))
     save_checkpoint(config.target, finite.state_dict(), net.config | {"width": config.width, "seed": config.seed})
     print(f"{config.target}: width {config.width}, depth {net.depth}")

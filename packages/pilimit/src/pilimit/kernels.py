@@ -55,7 +55,7 @@ def nngp(x: Tensor, y: Tensor | None = None, *, varws: Sequence[float], varbs: S
         varbs: That of the biases.
 
     Raises:
-        ValueError: Other numbers of entries, or widths that differ.
+        ValueError: Other numbers of entries, negative ones, or widths that differ.
     """
     _check_lengths(len(varws), varws=varws, varbs=varbs)
     moments = _Moments(x, y)
@@ -88,7 +88,7 @@ def ntk(
             published NTK numbers do.
 
     Raises:
-        ValueError: Other numbers of entries, another mode, or widths that differ.
+        ValueError: Other numbers of entries, negative ones, another mode, or widths that differ.
     """
     if mode not in ("exact", "legacy"):
         raise ValueError(f"mode must be 'exact' or 'legacy', got {mode!r}")
@@ -107,6 +107,9 @@ def _check_lengths(expected: int, **lists: Sequence[float]) -> None:
     if expected < 1 or any(len(values) != expected for values in lists.values()):
         found = ", ".join(f"{name} {len(values)}" for name, values in lists.items())
         raise ValueError(f"the lists need one entry per layer each, at least one; got {found}")
+    for name, values in lists.items():
+        if not all(value >= 0 for value in values):
+            raise ValueError(f"{name} must not be negative, got {list(values)}")
 
 
 def feature_kernel(x: Tensor, y: Tensor | None = None) -> Tensor:

@@ -110,8 +110,17 @@ def choose_device(config: TrainConfig) -> torch.device:
 
 
 def choose_data(config: TrainConfig) -> Splits:
-    """The data set, cut to the subsets."""
-    splits = load_dataset(config.dataset.replace("-", "_"), config.data_root)
+    """The data set, cut to the subsets.
+
+    Raises:
+        FileNotFoundError: It is not in the folder.
+        ValueError: There are fewer images than asked for.
+    """
+    try:
+        splits = load_dataset(config.dataset.replace("-", "_"), config.data_root)
+    except FileNotFoundError as error:
+        problem = str(error).partition(";")[0]
+        raise FileNotFoundError(f"{problem}; name the folder that holds its files with --data-root") from None
     train, test = splits.train, splits.test
     parts = []
     for part, size, name in ((train, config.train_subset_size, "train"), (test, config.test_subset_size, "test")):
