@@ -10,7 +10,7 @@ from pilimit.cli import main
 def test_help_says_what_will_come(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert "convert" in out and "Planned: train" in out
+    assert "convert" in out and "Planned: transfer" in out
 
 
 def test_version_is_that_of_the_package(capsys):
@@ -18,8 +18,8 @@ def test_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"pilimit {version('pilimit')}\n"
 
 
-@pytest.mark.parametrize("arguments", [["train"], ["--fast"]])
-def test_commands_that_do_not_exist_yet_are_wrong_usage(arguments):
+@pytest.mark.parametrize("arguments", [["train"], ["train", "imagenet"], ["maml"], ["--fast"]])
+def test_commands_and_data_that_do_not_exist_are_wrong_usage(arguments):
     assert main(arguments) == 2
 
 

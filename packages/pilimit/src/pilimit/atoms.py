@@ -3,12 +3,15 @@
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from pilimit.expectations import wide
+from pilimit.expectations import operator_norm, wide
+
+Rows = tuple[Tensor, Tensor, Tensor]
 
 _SCALES = (1e-6, 1e6)
 """Between these the common factor of all multipliers stays apart; beyond, it would cost them digits."""
@@ -70,6 +73,8 @@ class Atoms:
         """Whether multipliers of rows in ``segments`` have changed since."""
         self.spare: Tensor | None = None
         """Room that backward passes have left for the next ones."""
+        self.host = False
+        """Whether the blocks stay in the memory of the host while the layer computes on a GPU."""
 
     def __len__(self) -> int:
         """Number of atoms."""
@@ -80,8 +85,47 @@ class Atoms:
         """Of A, B and the multiplier."""
         return (self.r + self.r_out) * self.dtype.itemsize + wide(self.dtype).itemsize
 
+    def stay_in_host_memory(self, chunk: int) -> None:
+        """Keep the blocks, from now on of ``chunk`` atoms each, in the memory of the host: a GPU gets copies in turn."""
+        self.host = True
+        a, b, amult = self.tensors()
+        segments, rewritten = self.segments, self.rewritten
+        scale, self.block_size = self.scale, chunk
+        self.clear()
+        self.append(a, b, amult)
+        self.segments, self.rewritten = segments, rewritten or scale != 1.0
+
+    @property
+    def home(self) -> torch.device:
+        """Where the blocks are."""
+        return torch.device("cpu") if self.host else self.device
+
     def pieces(self, length: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Views of (A, B, Amult) of at most ``length`` atoms each, in order, without ``scale``."""
+        """Views of (A, B, Amult) of at most ``length`` atoms each, in order, without ``scale``.
+
+        If the blocks are elsewhere, copies on the device: the next is under way while one is used.
+        """
+        parts = self._views(length)
+        return parts if self.home == self.device else self._streamed(parts)
+
+    def _streamed(self, parts: Iterator[Rows]) -> Iterator[Rows]:
+        stream = torch.cuda.Stream(self.device)
+        waiting: tuple[Rows, torch.cuda.Event] | None = None
+        for part in chain(parts, [None]):
+            coming = None
+            if part is not None:
+                with torch.cuda.stream(stream):
+                    a, b, amult = (t.to(self.device, non_blocking=True) for t in part)
+                    coming = (a, b, amult), stream.record_event()
+            if waiting is not None:
+                current = torch.cuda.current_stream(self.device)
+                current.wait_event(waiting[1])
+                for t in waiting[0]:
+                    t.record_stream(current)
+                yield waiting[0]
+            waiting = coming
+
+    def _views(self, length: int) -> Iterator[Rows]:
         for block in self.blocks:
             for start in range(0, block.size, length):
                 rows = slice(start, min(start + length, block.size))
@@ -103,9 +147,10 @@ class Atoms:
             done += count
 
     def _new_block(self) -> Block:
-        options: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        options: dict[str, Any] = {"device": self.home, "pin_memory": self.home != self.device}
         n = self.block_size
-        amult = torch.empty(n, device=self.device, dtype=wide(self.dtype))
+        amult = torch.empty(n, **options, dtype=wide(self.dtype))
+        options["dtype"] = self.dtype
         return Block(torch.empty(n, self.r_out, **options), torch.empty(n, self.r, **options), amult)
 
     def clear(self) -> None:
@@ -134,11 +179,11 @@ class Atoms:
         self.version += 1
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Copies of A (M, r_out), B (M, r) and the multipliers (M,), decay included."""
-        options: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        """Copies of A (M, r_out), B (M, r) and the multipliers (M,), decay included, where the blocks are."""
+        options: dict[str, Any] = {"device": self.home, "dtype": self.dtype}
         a, b = torch.empty(0, self.r_out, **options), torch.empty(0, self.r, **options)
-        amult = torch.empty(0, device=self.device, dtype=wide(self.dtype))
-        parts = list(self.pieces(self.block_size))
+        amult = torch.empty(0, device=self.home, dtype=wide(self.dtype))
+        parts = list(self._views(self.block_size))
         lists = ([first, *(part[i] for part in parts)] for i, first in enumerate((a, b, amult)))
         a, b, amult = (torch.cat(tensors) for tensors in lists)
         return a, b, amult * self.scale
@@ -151,8 +196,8 @@ class Atoms:
             self.segments = []
         self.dtype, self.device = dtype, device
         for block in self.blocks:
-            block.A, block.B = block.A.to(device, dtype), block.B.to(device, dtype)
-            block.Amult = block.Amult.to(device, wide(dtype))
+            block.A, block.B = block.A.to(self.home, dtype), block.B.to(self.home, dtype)
+            block.Amult = block.Amult.to(self.home, wide(dtype))
         self.pending = [(a.to(device, dtype), b.to(device, dtype)) for a, b in self.pending]
         self.version += 1
 
@@ -218,7 +263,12 @@ class AtomsParameter(nn.Parameter):
         """The rows (A, B) that the next step appends, (n, r_out) and (n, r); None if there are none."""
         return self.atoms.pending[0] if self.grad is not None else None
 
-    def _flags(self) -> tuple[bool, bool, float]:
+    def gradient_norm(self) -> Tensor:
+        """Hilbert-Schmidt norm of what the next step appends, before its learning rate."""
+        rows = self.pending()
+        return self.new_zeros(()) if rows is None else operator_norm(*rows)
+
+    def _flags(self) -> tuple[Any, ...]:
         return self.requires_grad, self.output_layer, self.lr_mult
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AtomsParameter":

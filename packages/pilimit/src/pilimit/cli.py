@@ -1,20 +1,29 @@
 """The ``pilimit`` command."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from zoo_common.command import run_command
+from zoo_common.command import Commands, run_command
+
+from pilimit.config import EvalConfig, KernelConfig, TrainConfig, WidthsConfig, expand_presets
 
 DESCRIPTION = """Infinite-width networks that learn features, and their finite twins.
 
 Examples:
+  pilimit train digits --save-dir run --epochs 10 --r 50 --lr 0.5 --batch-size 8
+  pilimit train mnist --data-root data --max-atoms 4000 --save-dir run
+  pilimit train cifar10 --data-root data --preset infinite --save-dir run     the published run
+  pilimit eval run digits                                                     loss and accuracy
+  pilimit kernel mnist --data-root data --kernel ntk --train-subset-size 5000
+  pilimit widths digits --plot widths.png                                     finite nets approach the infinite one
   pilimit convert epoch46.th my-net      a published checkpoint to a folder of our own; nothing in it is executed
   pilimit sample my-net finite.safetensors --width 2048
 
-Planned: train, eval, transfer, maml, kernel, sweep.
+Planned: transfer, maml, sweep.
 """
 
 
@@ -49,7 +58,7 @@ class SampleConfig:
     """Write a finite net that is sampled from an infinite one, as safetensors."""
 
     source: tyro.conf.Positional[Path]
-    """Folder of our own format, or a published file."""
+    """Folder of a run or of atoms, or a published file."""
     target: tyro.conf.Positional[Path]
     """File to write."""
     width: int = 1024
@@ -62,17 +71,51 @@ def _sample(config: SampleConfig) -> None:
     import torch
     from zoo_common.checkpoint import save_checkpoint
 
-    from pilimit.checkpoint import load_net
     from pilimit.finite import FinMLP
+    from pilimit.infinite import InfMLP
+    from pilimit.training import open_net
 
-    net = load_net(config.source)
+    net = open_net(config.source)
+    if not isinstance(net, InfMLP):
+        raise ValueError(f"{config.source} holds a finite net: only an infinite one can be sampled")
     finite = FinMLP.sample(net, config.width, generator=torch.Generator().manual_seed(config.seed))
     save_checkpoint(config.target, finite.state_dict(), net.config | {"width": config.width, "seed": config.seed})
     print(f"{config.target}: width {config.width}, depth {net.depth}")
 
 
+def _train(config: TrainConfig) -> int:
+    from pilimit.commands import run_train
+
+    return run_train(config)
+
+
+def _eval(config: EvalConfig) -> int:
+    from pilimit.commands import run_eval
+
+    return run_eval(config)
+
+
+def _kernel(config: KernelConfig) -> int:
+    from pilimit.commands import run_kernel
+
+    return run_kernel(config)
+
+
+def _widths(config: WidthsConfig) -> int:
+    from pilimit.commands import run_widths
+
+    return run_widths(config)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    return run_command(
-        "pilimit", DESCRIPTION, {"convert": (ConvertConfig, _convert), "sample": (SampleConfig, _sample)}, argv
-    )
+    commands: Commands = {
+        "train": (TrainConfig, _train), "eval": (EvalConfig, _eval), "kernel": (KernelConfig, _kernel),
+        "widths": (WidthsConfig, _widths), "convert": (ConvertConfig, _convert), "sample": (SampleConfig, _sample),
+    }  # fmt: skip
+    try:
+        arguments = expand_presets(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        sys.stderr.write(f"pilimit: {error}\n")
+        return 1
+    return run_command("pilimit", DESCRIPTION, commands, arguments)

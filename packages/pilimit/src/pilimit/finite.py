@@ -202,10 +202,14 @@ class FinPiLinearReLU(FinPiLayer):
 
     def forward(self, u: Tensor) -> Tensor:
         """Pre-activations (b, n_out)."""
+        return self._linear(self.activations(u))
+
+    def activations(self, u: Tensor) -> Tensor:
+        """What the weights act on (b, n_in)."""
         u = self._checked(u, self.weight)
         if self.layernorm:
             u = u / (LAYERNORM_EPS + torch.linalg.vector_norm(u, dim=1, keepdim=True))
-        return self._linear(self.nonlin(u))
+        return self.nonlin(u)
 
 
 def _omega(n: int, r: int, given: Tensor | None, like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -299,6 +303,13 @@ class FinMLP(PiMLP):
         )
         self.layers = nn.ModuleList(layers)
 
+    def features(self, x: Tensor) -> Tensor:
+        """Last activations (b, width), whose kernel approaches that of the infinite net's features."""
+        u = self.first_layer_alpha * self.layers[0](x.flatten(1))
+        for layer in self.layers[1:-1]:
+            u = layer(u)
+        return self.layers[-1].activations(u)  # type: ignore[operator]
+
     @classmethod
     def sample(
         cls,
@@ -335,8 +346,15 @@ def mu_net(
         options: Further arguments of :class:`FinMLP`.
     """
     net = FinMLP(d_in, d_out, 1, width, project=False, **options)
-    with torch.no_grad():
-        for layer in net.layers:
-            assert isinstance(layer, FinPiLayer)
-            layer.weight.normal_(0, (2 / layer.n_in) ** 0.5, generator=generator)
+    gaussian_init_(net, generator)
     return net
+
+
+@torch.no_grad()
+def gaussian_init_(net: FinMLP, generator: torch.Generator | None = None) -> None:
+    """Replace all weights by Gaussian ones of variance 2 / fan-in; biases become zero."""
+    for layer in net.layers:
+        assert isinstance(layer, FinPiLayer)
+        layer.weight.normal_(0, (2 / layer.n_in) ** 0.5, generator=generator)
+        if layer.bias is not None:
+            layer.bias.zero_()

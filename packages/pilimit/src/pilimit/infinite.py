@@ -209,7 +209,7 @@ class InfPiLinearReLU(PiLayer):
         if not self.return_hidden:
             return y
         s, gbar = directions(g)
-        return Hidden(y, gbar, gbar @ self.atoms.tensors()[1].to(gbar.dtype).T, s)
+        return Hidden(y, gbar, gbar @ self.atoms.tensors()[1].to(gbar).T, s)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -396,17 +396,21 @@ class InfMLP(PiMLP):
         hidden: list[Hidden] = []
         for layer in self.infinite_layers():
             s, gbar = directions(g)
-            q = gbar @ layer.atoms.tensors()[1].to(gbar.dtype).T
+            q = gbar @ layer.atoms.tensors()[1].to(gbar).T
             g = layer(g)
             hidden.append(Hidden(g, gbar, q, s))
         return (self.last_layer_alpha * g).to(self.dtype), hidden
 
     def features(self, x: Tensor) -> Tensor:
-        """Unit rows (b, r) that enter the output layer: the learned features, whose kernel is ``2 F00``."""
+        """Unit rows (b, r) that enter the output layer: the learned features, whose kernel is ``F00``."""
+        return directions(self.pre_activations(x))[1]
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """What enters the output layer, (b, r)."""
         g = self.first_layer_alpha * self.layers[0](x.flatten(1))
         for layer in self.infinite_layers()[:-1]:
             g = layer(g)
-        return directions(g)[1]
+        return g
 
     def infinite_layers(self) -> list[InfPiLinearReLU]:
         """The layers with atoms."""

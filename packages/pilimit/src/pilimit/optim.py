@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pilimit.atoms import AtomsParameter, align
-from pilimit.expectations import operator_norm, wide
+from pilimit.expectations import wide
 
 
 class PiSGD(Optimizer):
@@ -157,16 +157,21 @@ def param_groups(
 
 
 @torch.no_grad()
-def grad_norms(parameters: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Pairs (parameter, norm of its gradient) of all that have one: operator norms of atoms, else Euclidean norms."""
+def grad_norms(parameters: Iterable[Tensor], *, ensemble: bool = False) -> list[tuple[Tensor, Tensor]]:
+    """Pairs (parameter, norm of its gradient) of all that have one: operator norms of atoms, else Euclidean norms.
+
+    Args:
+        parameters: Those of a net.
+        ensemble: They have a leading axis (e, ...), and so have the norms (e,).
+    """
     norms: list[tuple[Tensor, Tensor]] = []
     for p in parameters:
         if isinstance(p, AtomsParameter):
-            rows = p.pending()
-            if rows is not None:
-                norms.append((p, operator_norm(*rows)))
+            if p.pending() is not None:
+                norms.append((p, p.gradient_norm()))
         elif p.grad is not None:
-            norms.append((p, torch.linalg.vector_norm(p.grad, dtype=wide(p.grad.dtype))))
+            axes = tuple(range(1, p.ndim)) if ensemble else None
+            norms.append((p, torch.linalg.vector_norm(p.grad, dim=axes, dtype=wide(p.grad.dtype))))
     return norms
 
 
@@ -178,6 +183,7 @@ def clip_grad_norm_(
     per_param: bool = False,
     exclude_last_layer: bool = False,
     eps: float | None = None,
+    ensemble: bool = False,
 ) -> Tensor:
     """Scale gradients, staged rows of A included, so that their norm is at most ``max_norm``; 0 or less: do not.
 
@@ -190,20 +196,23 @@ def clip_grad_norm_(
         exclude_last_layer: Leave the atoms of the output layer out of the total; they are scaled all the same.
         eps: Added to norms before the division; default: as published, 1e-10 per parameter, 0 for the total. Finite
             nets were published with 1e-6.
+        ensemble: Parameters have a leading axis (e, ...): each net is clipped by itself.
 
     Returns:
-        The total norm before, without what is excluded.
+        The total norm before, without what is excluded; (e,) for an ensemble.
     """
-    norms = grad_norms([parameters] if isinstance(parameters, Tensor) else parameters)
+    norms = grad_norms([parameters] if isinstance(parameters, Tensor) else parameters, ensemble=ensemble)
     if not norms:
         return torch.tensor(0.0)
     counted = [norm for p, norm in norms if not (exclude_last_layer and getattr(p, "output_layer", False))]
-    total = torch.linalg.vector_norm(torch.stack(counted)) if counted else torch.zeros_like(norms[0][1])
+    total = torch.linalg.vector_norm(torch.stack(counted), dim=0) if counted else torch.zeros_like(norms[0][1])
     if max_norm <= 0:
         return total
     for p, norm in norms:
         added = (1e-10 if per_param else 0.0) if eps is None else eps
         coefficient = (max_norm / ((norm if per_param else total) + added)).clamp(max=1.0)
         assert p.grad is not None
+        if ensemble:
+            coefficient = coefficient.view(-1, *[1] * (p.ndim - 1))
         p.grad.mul_(coefficient.to(p.grad.dtype) if p.grad.dtype == wide(p.grad.dtype) else coefficient)
     return total
