@@ -69,7 +69,7 @@ def _gates(names: list[str], i: int) -> bool:
 def is_gate(draft: Draft, i: int) -> bool:
     """Whether a multiplication scales something by a bounded function of its own means, whatever the list's order."""
     for gate in draft.before[i]:
-        waiting, seen, averaged = {gate}, set(), set()
+        waiting, seen, averaged = {gate}, set[int](), set[int]()
         while waiting and len(seen) < _GATE_NODES:
             node = waiting.pop()
             seen.add(node)

@@ -22,8 +22,8 @@ from zoo_common.files import atomic_write, visible_files
 from zoo_common.interrupts import deferred_interrupt
 
 from ghn.config import TrainConfig, read_config
-from ghn.deepnets.operations import Keys
 from ghn.deepnets.network import Network
+from ghn.deepnets.operations import Keys
 from ghn.deepnets.sampling import sample
 from ghn.graph import Graph
 from ghn.images import augmented, load_images
