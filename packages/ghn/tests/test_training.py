@@ -1,3 +1,4 @@
+import ast
 import dataclasses
 import functools
 import importlib.util
@@ -13,7 +14,7 @@ from ghn.cli import main
 from ghn.config import TrainConfig, read_config
 from ghn.images import augmented, load_images
 from ghn.model import GHN, GHN3
-from ghn.training import STATE, Training, cosine_warmup, forecast, judge, train
+from ghn.training import STATE, Training, forecast, judge, train
 from support.golden import assert_close, fill
 from support.hypernetworks import stored_architecture
 from support.reliability import assert_same_files, flip_bit
@@ -78,17 +79,20 @@ def _differences(ghn, case):
 
 @pytest.mark.golden("deepnets_training.json")
 def test_learning_rates_are_the_published_ones(golden):
-    checked = 0
     for name, expected in golden.document["lr_per_epoch"].items():
-        kind, *options = name.split("|")
-        if kind.startswith("cosine-warmup"):
-            given = dict(option.split("=") for option in options if "=" in option)
-            words = {"warmup": int(_after(kind, "-steps", "5")), "first_lr": float(_after(kind, "-init_lr", "1e-5"))}
-            epochs, lr = int(given["epochs"]), float(given["lr"])
-            rates = [cosine_warmup(epoch, epochs, lr, **words) for epoch in range(len(expected))]
-            assert_close(torch.tensor(rates, dtype=torch.float64), expected, "float32", name)
-            checked += 1
-    assert checked
+        kind, epochs, lr, options = name.split("|")
+        found = ast.literal_eval(options or "{}")
+        config = TrainConfig(
+            scheduler=kind.partition("-steps")[0].partition("-init")[0],
+            epochs=int(epochs.removeprefix("epochs=")),
+            lr=float(lr.removeprefix("lr=")),
+            warmup_epochs=int(_after(kind, "-steps", "5")),
+            warmup_lr=float(_after(kind, "-init_lr", "1e-5")),
+            lr_steps=tuple(found.get("milestones", [found.get("step_size", 1)])),
+            gamma=found.get("gamma", 0.1),
+        )
+        rates = [config.learning_rate(epoch) for epoch in range(len(expected))]
+        assert_close(torch.tensor(rates, dtype=torch.float64), expected, "float32", name)
 
 
 def test_a_run_writes_a_hypernetwork_that_loads(tmp_path):

@@ -171,9 +171,8 @@ class Training:
     def advance(self) -> None:
         """One update, a function of the state and of the step number."""
         config, seeds = self.config, (self.config.seed, self.step)
-        lr = cosine_warmup(self.step // self.per_epoch, config.epochs, config.lr, warmup=config.warmup_epochs)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = config.learning_rate(self.step // self.per_epoch)
         chosen = np.random.default_rng([*seeds, 0]).choice(config.num_nets, config.meta_batch, replace=False)
         nets, graphs = zip(*[self.sampled(int(i)) for i in chosen], strict=True)
         images, labels = self.batch()
@@ -277,14 +276,6 @@ def judge(nets: Sequence[Network], graphs: Sequence[Graph], ghn: GHN, images: Te
 def keys_of(ghn: GHN) -> Keys:
     """How networks for a hypernetwork name their attention weights."""
     return "ghn2" if ghn.dialect == "ppuda" else "ghn3"
-
-
-def cosine_warmup(epoch: int, epochs: int, lr: float, *, warmup: int = 5, first_lr: float = 1e-5) -> float:
-    """Published schedule: linear from ``first_lr`` over ``warmup`` epochs, then half a cosine to the last epoch."""
-    if epoch < warmup - 1:
-        return first_lr + (lr - first_lr) * epoch / (warmup - 1)
-    done = (epoch - warmup) / max(1, epochs - warmup)
-    return lr * max(0.0, 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def choose_device(name: str) -> torch.device:
