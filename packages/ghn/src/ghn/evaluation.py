@@ -127,7 +127,9 @@ def compare(
         tried.append([[_train(net, parts, epochs, lr, seed + index) for lr in rates] for net in nets])
     if not epochs:
         return Comparison(tuple(Judged(*fields, *fields[-2:]) for fields in kept), None, None)
-    accuracies = torch.tensor(tried, dtype=torch.float64)  # (networks, initialisations, learning rates, validation and test)
+    accuracies = torch.tensor(
+        tried, dtype=torch.float64
+    )  # (networks, initialisations, learning rates, validation and test)
     best = accuracies[..., 0].mean(0).argmax(1).tolist()
     after = accuracies[:, [0, 1], best, 1].tolist()
     networks = tuple(Judged(*fields, *trained) for fields, trained in zip(kept, after, strict=True))
