@@ -1,9 +1,14 @@
 """Hypernetworks and targets of the goldens."""
 
+import dataclasses
+import json
 import math
+from pathlib import Path
 
 import torch
 import torchvision
+from ghn.deepnets import Genotype
+from ghn.deepnets.sampling import Architecture
 from torch import nn
 
 from support.golden import fill
@@ -36,3 +41,11 @@ def marked_model(arch: str, mark: float, num_classes: int = 1000, **options: obj
     for value in [*model.parameters(), *model.buffers()]:
         value.data.fill_(mark)
     return model
+
+
+def stored_architecture(goldens: Path, split: str, index: int, **changes: object) -> Architecture:
+    """A network of the sample files of DeepNets-1M."""
+    file = split if split in ("train", "search") else "eval"
+    record = json.loads((goldens / f"deepnets_sample/deepnets1m_{file}_meta.json").read_text())[split]["nets"][index]
+    known = {field.name: record[field.name] for field in dataclasses.fields(Architecture) if field.name in record}
+    return Architecture(**{**known, "genotype": Genotype.from_json(record["genotype"]), **changes})

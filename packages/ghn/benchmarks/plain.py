@@ -41,13 +41,15 @@ def predict(ghn: GHN, models: list[nn.Module], graphs: list[Graph], keep_grads: 
     return models
 
 
-def embeddings(ghn: GHN, graphs: list[Graph], shapes: list[tuple[int, ...] | None]) -> Tensor:
-    """Node embeddings of all graphs."""
+def embeddings(
+    ghn: GHN, graphs: list[Graph], shapes: list[tuple[int, ...] | None], keep_padding: bool = False
+) -> Tensor:
+    """Node embeddings of all graphs, among them those of the padding."""
     types = torch.cat([graph.node_feat[:, 0] for graph in graphs])
     x = ghn.embed(types) + ghn.shape_enc(shapes)
     distances = [graph.distances for graph in graphs]
     if ghn.config["hypernet"] == "graphormer":
-        x = graphormer(ghn.gnn, x, distances)
+        x = graphormer(ghn.gnn, x, distances, keep_padding)
     elif ghn.config["hypernet"] == "gatedgnn":
         parts = x.split([len(matrix) for matrix in distances])
         x = torch.cat([gated(ghn.gnn, part, matrix) for part, matrix in zip(parts, distances, strict=True)])
@@ -56,7 +58,7 @@ def embeddings(ghn: GHN, graphs: list[Graph], shapes: list[tuple[int, ...] | Non
     return x if ghn.ln is None else ghn.ln(x)
 
 
-def graphormer(network: nn.Module, x: Tensor, distances: list[Tensor]) -> Tensor:
+def graphormer(network: nn.Module, x: Tensor, distances: list[Tensor], keep_padding: bool = False) -> Tensor:
     """Padded to the largest graph; the edge network maps every pair of nodes."""
     sizes = [len(matrix) for matrix in distances]
     most, first = max(sizes), network[0]
@@ -78,7 +80,7 @@ def graphormer(network: nn.Module, x: Tensor, distances: list[Tensor]) -> Tensor
         attention = logits.masked_fill(~both, -(2.0**15)).softmax(-1)
         h = h + layer.attn.to_out((attention @ qkv[2]).transpose(1, 2).flatten(2))
         h = h + layer.ff["net"](layer.ln2(h))
-    return h[mask]
+    return h.flatten(0, 1) if keep_padding else h[mask]
 
 
 def gated(network: nn.Module, x: Tensor, distance: Tensor) -> Tensor:

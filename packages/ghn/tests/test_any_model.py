@@ -186,6 +186,13 @@ def test_frozen_and_shared_parameters_have_nodes():
     model[2].weight = model[0].weight
     report = check(model, example_inputs=torch.zeros(1, 4))
     assert report.counts == {"published": 3, "extended": 0, "kept": 0}
+    assert {entry.reason for entry in report.parameters} == {"Linear; frozen, but predicted"}
+
+
+def test_the_input_size_is_that_of_timms_description():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(18, 3))
+    model.default_cfg = {"input_size": (1, 5, 5)}
+    assert Graph(model).expected_input_sz == (1, 5, 5)
 
 
 @pytest.mark.parametrize(

@@ -44,14 +44,15 @@ def nodes_of(
         model = model.module
     record = trace(model, example_inputs)
     supported = support.extended if extended else support.published
-    if dialect == "ppuda":
+    is_deepnet = hasattr(model, "_n_cells")
+    if dialect == "ppuda" and (compat or not is_deepnet):
         if isinstance(model, VisionTransformer):
             raise ValueError("the graphs of 2021 know no VisionTransformer of torchvision: use dialect='ghn3'")
         supported = support.published_ppuda
         draft = _ppuda(draft_of(record, 1, lambda owner: supported(owner) is not None, whole_slices=True))
     elif compat:
         draft, _ = _ghn3(draft_of(record), model, supported, compat=True)
-    else:
+    else:  # also of DeepNets networks for GHN-1 and GHN-2: in stored graphs, attention and gates have their nodes
         draft = _right(record, model, supported)
     types = [_type_of(entry, supported) for entry in draft.records]
     params = [None if entry.is_op else entry.name for entry in draft.records]
@@ -89,7 +90,7 @@ def _ghn3(draft: Draft, model: nn.Module, supported: support.Support, *, compat:
         The graph, and the weights into which data should flow but does not. If it has a cycle, its nodes are not sorted.
     """
     fed = ghn3.fed_weights(draft)
-    ghn3.filter_nodes(draft, supported)
+    ghn3.filter_nodes(draft, supported, find_gates=not compat)
     ghn3.repair_weights(draft)
     ghn3.repair_softmax(draft)
     # The published repair for Swin takes the order of version 1 for granted, and makes cycles in version 2.

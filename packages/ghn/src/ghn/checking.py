@@ -70,11 +70,13 @@ def check(model: nn.Module, *, example_inputs: Any = None, dialect: Dialect = "g
     published = _set_by(model, nodes_of(model, example_inputs, dialect=dialect).params)
     extended = _set_by(model, nodes_of(model, example_inputs, extended=True).params)
     found = []
-    for owners in _owners(model).values():
+    frozen = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
+    for key, owners in _owners(model).items():
         names = {owner.name for owner in owners}
         setter: Setter = "published" if names & published else "extended" if names & extended else "kept"
         owner = owners[0]
-        found.append(ParameterSource(owner.name.removeprefix("."), owner.shape, setter, _reason(owner, setter)))
+        reason = _reason(owner, setter) + ("; frozen, but predicted" if key in frozen and setter != "kept" else "")
+        found.append(ParameterSource(owner.name.removeprefix("."), owner.shape, setter, reason))
     return CheckReport(type(model).__name__, found)
 
 

@@ -10,7 +10,7 @@ import tyro
 from tyro.conf import Positional
 from zoo_common.command import run_command
 
-from ghn.config import TrainConfig
+from ghn.config import LEARNING_RATES, TrainConfig
 
 DESCRIPTION = """Graph hypernetworks: predict all parameters of a PyTorch model in one forward pass.
 
@@ -125,12 +125,12 @@ class EvalCommand:
     """Folder with the files of CIFAR-10."""
     nets: Literal["small", "deepnets"] = "small"
     """Networks: small ones, or new ones by the rules of DeepNets-1M."""
-    num_nets: int = 24
+    num_nets: int = 48
     """How many."""
     epochs: int = 1
     """Epochs of SGD from both initialisations."""
-    lr: float = 0.03
-    """Learning rate of SGD."""
+    lr: tuple[float, ...] = LEARNING_RATES
+    """Learning rates of SGD to choose from: each initialisation has the one that is best on validation images."""
     png: Path | None = None
     """Picture to write."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

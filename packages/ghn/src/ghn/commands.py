@@ -127,14 +127,19 @@ def evaluate(command: EvalCommand) -> None:
         num_nets=command.num_nets,
         small=command.nets == "small",
         epochs=command.epochs,
-        lr=command.lr,
+        lrs=command.lr,
         seed=command.seed,
         quiet=command.json,
     )
     if command.png is not None:
         draw_comparison(found, command.png)
     if command.json:
-        sums = {"means": found.means(), "untrained": vars(found.untrained), "trained": vars(found.trained)}
+        sums: dict[str, Any] = {
+            "means": found.means(),
+            "untrained": vars(found.untrained),
+            "trained": vars(found.trained),
+        }
+        sums |= {"random_lr": found.random_lr, "predicted_lr": found.predicted_lr}
         print(json.dumps({"networks": [dataclasses.asdict(one) for one in found.networks], **sums}))
     else:
         _print_table(found, command.epochs)
@@ -149,6 +154,8 @@ def _print_table(found: Comparison, epochs: int) -> None:
         values = (one.random, one.predicted, one.random_trained, one.predicted_trained)
         print(f"{one.index:>9}{one.parameters:>12,}" + "".join(f"{value:>11.3f}" for value in values))
     print(f"{'mean':>9}{'':>12}" + "".join(f"{value:>11.3f}" for value in found.means().values()))
+    if epochs:
+        print(f"learning rates, chosen on validation images: random {found.random_lr}, predicted {found.predicted_lr}")
     for name, gain in (("as initialised", found.untrained), (later, found.trained)):
         print(f"predicted - random, {name}: {gain.mean:+.3f} (95 % interval {gain.low:+.3f} to {gain.high:+.3f})")
 

@@ -1,11 +1,16 @@
 """Settings of a meta-training, as the command line, a run's ``config.yaml`` and Python know them."""
 
 import dataclasses
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+LEARNING_RATES = (0.01, 0.03, 0.1, 0.3)
+"""Of SGD, from which an evaluation chooses one for each initialisation."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,17 @@ class TrainConfig:
     batch_size: int = 32
     """Images per update."""
     lr: float = 3e-3
-    """Highest learning rate of AdamW, reached after the warm-up; then it falls along a cosine."""
+    """Highest learning rate of AdamW."""
+    scheduler: Literal["cosine-warmup", "cosine", "mstep", "step"] = "cosine-warmup"
+    """How it changes from epoch to epoch: along a cosine, after a linear warm-up or at once; or in steps."""
     warmup_epochs: int = 2
     """Length of the warm-up (published: 5)."""
+    warmup_lr: float = 1e-5
+    """Where the warm-up begins."""
+    lr_steps: tuple[int, ...] = (200, 250)
+    """Epochs from which on mstep multiplies by gamma; step does so every so many epochs as the first number says."""
+    gamma: float = 0.1
+    """Factor of a step."""
     weight_decay: float = 1e-2
     """Of AdamW, on the hypernetwork."""
     predparam_wd: float = 3e-5
@@ -66,10 +79,24 @@ class TrainConfig:
         for name in ("num_nets", "epochs", "meta_batch", "warmup_epochs", "batch_size", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.lr_steps or min(self.lr_steps) < 1:
+            raise ValueError(f"lr_steps must be numbers from 1, and at least one, got {self.lr_steps}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if self.num_nets < self.meta_batch:
             raise ValueError(f"num_nets ({self.num_nets}) must not be smaller than meta_batch ({self.meta_batch})")
+
+    def learning_rate(self, epoch: int) -> float:
+        """Learning rate of an epoch, counted from 0: the published schedules."""
+        if self.scheduler == "mstep":
+            return self.lr * self.gamma ** sum(epoch >= step for step in self.lr_steps)
+        if self.scheduler == "step":
+            return self.lr * self.gamma ** (epoch // self.lr_steps[0])
+        warmup = self.warmup_epochs if self.scheduler == "cosine-warmup" else 0
+        if epoch < warmup - 1:
+            return self.warmup_lr + (self.lr - self.warmup_lr) * epoch / (warmup - 1)
+        done = (epoch - warmup) / max(1, self.epochs - warmup)
+        return self.lr * max(0.0, 0.5 * (1 + math.cos(math.pi * done)))
 
     def ghn_config(self) -> dict[str, Any]:
         """Arguments of :func:`ghn.model.build`."""
@@ -91,7 +118,7 @@ class TrainConfig:
 
     def to_yaml(self) -> str:
         """Text of a ``config.yaml``."""
-        return yaml.safe_dump({**dataclasses.asdict(self), "max_shape": list(self.max_shape)}, sort_keys=False)
+        return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(self))), sort_keys=False)
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -102,7 +129,8 @@ def read_config(path: Path) -> TrainConfig:
         ValueError: It is damaged, or has other settings than there are.
     """
     try:
-        values = yaml.safe_load(path.read_text())
-        return TrainConfig(**{**values, "max_shape": tuple(values["max_shape"])})
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+        stored = yaml.safe_load(path.read_text())
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()}
+        return TrainConfig(**values)
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no configuration of a meta-training: {error}") from error

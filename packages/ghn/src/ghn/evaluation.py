@@ -17,12 +17,15 @@ from zoo_common.datasets import Part, Splits
 from zoo_common.files import atomic_write
 
 from ghn.batchnorm import evaluate
+from ghn.config import LEARNING_RATES
 from ghn.deepnets.sampling import Sample, sample
 from ghn.model import GHN
 from ghn.training import keys_of
 
 _BATCH = 64
 """Published size of the batches whose statistics BatchNorm layers use."""
+_SGD_BATCH, _SGD_DECAY, _SGD_CLIP = 96, 3e-4, 5.0
+"""Published settings for training one network on small images."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,10 @@ class Comparison:
     """Accuracies of all networks, and their differences."""
 
     networks: tuple[Judged, ...]
+    random_lr: float | None
+    """Learning rate with the highest mean accuracy on validation images, from random weights; None: not trained."""
+    predicted_lr: float | None
+    """The same from predicted weights."""
 
     @property
     def untrained(self) -> Difference:
@@ -77,39 +84,56 @@ def compare(
     ghn: GHN,
     splits: Splits,
     *,
-    num_nets: int = 24,
+    num_nets: int = 48,
     small: bool = True,
     epochs: int = 1,
-    lr: float = 0.03,
+    lrs: Sequence[float] = LEARNING_RATES,
     seed: int = 0,
     quiet: bool = False,
 ) -> Comparison:
     """Judge predicted weights on networks that no training has seen (split ``test``).
 
-    Each network is built once at random; a copy gets predicted weights. Both are trained with SGD (momentum 0.9, batches
-    of 64) on the same images in the same order.
+    Each network is built once at random; a copy gets predicted weights. Both are trained with SGD on the same images in
+    the same order. As the learning rate that suits one initialisation does not suit the other, each has its own: the
+    one of ``lrs`` with the highest mean accuracy on the validation images.
 
     Args:
         ghn: The hypernetwork, on the device where all is computed.
-        splits: Images; training on ``train``, accuracy on ``test``.
+        splits: Images; training on ``train``, choice on ``validation``, accuracy on ``test``.
         num_nets: How many networks.
         small: Draw small networks, see :func:`ghn.deepnets.sampling.sample`.
         epochs: Passes over the training images.
-        lr: Learning rate of SGD, for both.
+        lrs: Learning rates of SGD to choose from.
         seed: Draws networks, initial weights and the order of images.
         quiet: No progress bar.
 
     Raises:
-        ValueError: Fewer than two networks.
+        ValueError: Fewer than two networks, or no learning rate.
     """
     if num_nets < 2:
         raise ValueError(f"an interval needs at least 2 networks, got {num_nets}")
-    train, test = (Part(*(tensor.to(ghn.device) for tensor in part)) for part in (splits.train, splits.test))
-    networks = []
+    if not lrs or min(lrs) <= 0:
+        raise ValueError(f"learning rates must be positive, and at least one, got {tuple(lrs)}")
+    parts = Splits(*(Part(*(tensor.to(ghn.device) for tensor in part)) for part in splits))
+    rates = lrs if epochs else ()
+    kept: list[tuple[int, int, int, float, float]] = []
+    tried: list[list[list[tuple[float, float]]]] = []
     for index in tqdm(range(num_nets), desc="networks", disable=quiet, file=sys.stderr, leave=False):
         drawn = sample("test", index, seed=seed, small=small, dialect=ghn.dialect)
-        networks.append(_judge(ghn, drawn, index, train, test, epochs, lr, seed))
-    return Comparison(tuple(networks))
+        nets = _initialise(ghn, drawn, seed + index)
+        parameters = sum(parameter.numel() for parameter in nets[0].parameters())
+        before = [evaluate(net, _batches(parts.test), batch_statistics=True).top1 for net in nets]
+        kept.append((index, drawn.graph.n_nodes, parameters, before[0], before[1]))
+        tried.append([[_train(net, parts, epochs, lr, seed + index) for lr in rates] for net in nets])
+    if not epochs:
+        return Comparison(tuple(Judged(*fields, *fields[-2:]) for fields in kept), None, None)
+    accuracies = torch.tensor(
+        tried, dtype=torch.float64
+    )  # (networks, initialisations, learning rates, validation and test)
+    best = accuracies[..., 0].mean(0).argmax(1).tolist()
+    after = accuracies[:, [0, 1], best, 1].tolist()
+    networks = tuple(Judged(*fields, *trained) for fields, trained in zip(kept, after, strict=True))
+    return Comparison(networks, *(lrs[i] for i in best))
 
 
 def difference(values: Sequence[float]) -> Difference:
@@ -119,35 +143,39 @@ def difference(values: Sequence[float]) -> Difference:
     return Difference(mean, mean - half, mean + half)
 
 
-def _judge(ghn: GHN, drawn: Sample, index: int, train: Part, test: Part, epochs: int, lr: float, seed: int) -> Judged:
+def _initialise(ghn: GHN, drawn: Sample, seed: int) -> tuple[nn.Module, nn.Module]:
+    """A network with random weights, and the same with predicted ones."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed + index)
-        random = drawn.architecture.build(keys=keys_of(ghn))
-    predicted = copy.deepcopy(random).to(ghn.device)
+        torch.manual_seed(seed)
+        random = drawn.architecture.build(keys=keys_of(ghn)).to(ghn.device)
+    predicted = copy.deepcopy(random)
     ghn(predicted, drawn.graph, bn_track_running_stats=True, keep_grads=False)
-    accuracies = []
-    for net in (random.to(ghn.device), predicted):
-        accuracies.append(evaluate(net, _batches(test), batch_statistics=True).top1)
-        train_sgd(net, train, epochs=epochs, lr=lr, seed=seed + index)
-        accuracies.append(evaluate(net, _batches(test), batch_statistics=True).top1)
-    before_random, after_random, before, after = accuracies
-    parameters = sum(parameter.numel() for parameter in random.parameters())
-    return Judged(index, drawn.graph.n_nodes, parameters, before_random, before, after_random, after)
+    return random, predicted
+
+
+def _train(net: nn.Module, parts: Splits, epochs: int, lr: float, seed: int) -> tuple[float, float]:
+    """Accuracies of a trained copy on validation and test images."""
+    net = copy.deepcopy(net)
+    train_sgd(net, parts.train, epochs=epochs, lr=lr, seed=seed)
+    validation, test = (
+        evaluate(net, _batches(part), batch_statistics=True).top1 for part in (parts.validation, parts.test)
+    )
+    return validation, test
 
 
 def train_sgd(net: nn.Module, train: Part, *, epochs: int, lr: float, seed: int) -> None:
     """Train a network in place; the seed decides the order of images and dropout."""
-    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9)
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=_SGD_DECAY)
     net.train()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for _ in range(epochs):
             order = torch.randperm(len(train.labels)).to(train.labels.device)
-            for rows in order.split(_BATCH):
+            for rows in order.split(_SGD_BATCH):
                 loss = F.cross_entropy(net(train.images[rows])[0], train.labels[rows])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+                nn.utils.clip_grad_norm_(net.parameters(), _SGD_CLIP)
                 optimizer.step()
 
 

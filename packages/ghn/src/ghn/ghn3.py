@@ -10,12 +10,13 @@ from ghn.support import OPERATIONS, Support, operation_of, own_name
 _HEAD = ("classifier", "fc", "head")
 
 
-def filter_nodes(draft: Draft, support: Support) -> None:
+def filter_nodes(draft: Draft, support: Support, *, find_gates: bool) -> None:
     """Take out parameters and operations that have no type, and those operations that do not count."""
     has_cse = any("sigmoid" in (name := record.name.lower()) or "swish" in name for record in draft.records)
     degrees = in_degrees(draft)
     names = [record.name.lower() for record in draft.records]
-    draft.remove([i for i in _with(draft, "Mul") if not (has_cse and _gates(names, i))])
+    gates = {i for i in _with(draft, "Mul") if (has_cse and _gates(names, i)) or (find_gates and is_gate(draft, i))}
+    draft.remove([i for i in _with(draft, "Mul") if i not in gates])
     # Names that begin with Add, such as Addmm, are judged as sums (published).
     joins = {i for i in _with(draft, "Add") if degrees[draft.records[i]] > 1}
     draft.remove([i for i, record in enumerate(draft.records) if i not in joins and not _is_known(record, support)])
@@ -64,6 +65,25 @@ def _gates(names: list[str], i: int) -> bool:
         or names[i + 1].startswith(("hard", "sigmoid", "relu"))
     )
 
+
+def is_gate(draft: Draft, i: int) -> bool:
+    """Whether a multiplication scales something by a bounded function of its own means, whatever the list's order."""
+    for gate in draft.before[i]:
+        waiting, seen, averaged = {gate}, set[int](), set[int]()
+        while waiting and len(seen) < _GATE_NODES:
+            node = waiting.pop()
+            seen.add(node)
+            is_mean = draft.records[node].is_op and draft.records[node].name.startswith(("Mean", "AdaptiveAvgPool"))
+            averaged |= draft.before[node] if is_mean else set()
+            waiting |= set() if is_mean else draft.before[node] - seen
+        bounded = any(draft.records[node].name.startswith(("Sigmoid", "Hard")) for node in seen)
+        if not waiting and bounded and averaged & (draft.before[i] - {gate}):
+            return True
+    return False
+
+
+_GATE_NODES = 24
+"""Most nodes between the mean and the multiplication of a squeeze-excite block."""
 
 _PRODUCTS = ("Mm", "Addmm", "Bmm", "Baddbmm", "Linear", "Mv", "Addmv")
 

@@ -58,13 +58,20 @@ def parameter_slots(model: nn.Module) -> dict[str, Slot]:
         for name, value in module._parameters.items():
             if value is not None:
                 slots[f"{prefix}.{name}"] = Slot(module, name, value)
-        for name in _LIGHT & own.keys():
-            if isinstance(own[name], list | tuple):
+        for name in own:
+            if name in _LIGHT and isinstance(own[name], list | tuple):
                 slots[f"{prefix}.{name}"] = Slot(module, name, own[name])
         before = f"{prefix}." if prefix else ""
         children = [(before + name, child) for name, child in module._modules.items() if child is not None]
         waiting += reversed(children)
     return slots
+
+
+def lighten(model: nn.Module) -> None:
+    """Put the shapes of all parameters, or of what was predicted in their place, where these are."""
+    for slot in parameter_slots(model).values():
+        slot.module._parameters.pop(slot.attribute, None)
+        vars(slot.module)[slot.attribute] = slot.shape
 
 
 def match(graph: Graph, model: nn.Module, first_row: int = 0) -> tuple[list[Target], list[Shape | None]]:

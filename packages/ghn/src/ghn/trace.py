@@ -63,8 +63,15 @@ class Call:
 
 
 def expected_input_size(model: nn.Module) -> Any:  # noqa: ANN401
-    """Side length or shape of the image that a model expects: its ``expected_input_sz``, else 299 (Inception) or 224."""
-    return getattr(model, "expected_input_sz", None) or (299 if type(model).__name__ == "Inception3" else 224)
+    """Side length or shape of the image that a model expects.
+
+    Its ``expected_input_sz``; else the size in its ``default_cfg``, which models of timm have; else 299 (Inception) or 224.
+    """
+    described = getattr(model, "default_cfg", None)
+    size = getattr(model, "expected_input_sz", None) or (
+        described.get("input_size") if isinstance(described, Mapping) else None
+    )
+    return size or (299 if type(model).__name__ == "Inception3" else 224)
 
 
 def trace(model: nn.Module, example_inputs: Any = None) -> Trace:  # noqa: ANN401

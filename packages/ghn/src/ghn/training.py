@@ -22,16 +22,18 @@ from zoo_common.files import atomic_write, visible_files
 from zoo_common.interrupts import deferred_interrupt
 
 from ghn.config import TrainConfig, read_config
+from ghn.deepnets.network import Network
 from ghn.deepnets.operations import Keys
-from ghn.deepnets.sampling import Sample, sample
+from ghn.deepnets.sampling import sample
+from ghn.graph import Graph
 from ghn.images import augmented, load_images
-from ghn.matching import parameter_slots
+from ghn.matching import lighten, parameter_slots
 from ghn.model import GHN, build
 from ghn.pretrained import FILE
 
 STATE, CONFIG, LOG = "state.safetensors", "config.yaml", "metrics.jsonl"
-_KEPT_GRAPHS = 10_000
-"""Of small networks; these take about 100 MB."""
+_KEPT = 1000
+"""Networks and graphs in memory; small ones take about 300 MB."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class Training:
         self.step = self.skipped = 0
         self.sums = torch.zeros(4, dtype=torch.float64)  # Means and their number, since the last line
         self.means: tuple[float, ...] = (math.nan,) * 3
-        self.graphs: OrderedDict[int, Sample] = OrderedDict()
+        self.kept: OrderedDict[int, tuple[Network, Graph]] = OrderedDict()
 
     def loop(self, folder: Path, limit_seconds: float | None, quiet: bool) -> TrainReport:
         """Train to the end, to the time limit or to Ctrl-C; the state is saved in each case."""
@@ -169,16 +171,18 @@ class Training:
     def advance(self) -> None:
         """One update, a function of the state and of the step number."""
         config, seeds = self.config, (self.config.seed, self.step)
-        lr = cosine_warmup(self.step // self.per_epoch, config.epochs, config.lr, warmup=config.warmup_epochs)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = config.learning_rate(self.step // self.per_epoch)
         chosen = np.random.default_rng([*seeds, 0]).choice(config.num_nets, config.meta_batch, replace=False)
+        nets, graphs = zip(*[self.sampled(int(i)) for i in chosen], strict=True)
         images, labels = self.batch()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.random.fork_rng(), torch.autocast(self.device.type, torch.bfloat16, config.precision == "bf16"):
             torch.manual_seed(_mixed(*seeds, 1))  # dropout in classifiers
-            means = judge([self.sampled(int(i)) for i in chosen], self.ghn, images, labels)
+            means = judge(nets, graphs, self.ghn, images, labels)
         (means.loss + config.predparam_wd * means.norm).backward()
+        for net in nets:
+            lighten(net)
         norm = nn.utils.clip_grad_norm_(self.ghn.parameters(), config.grad_clip or math.inf)
         found = torch.stack(means).detach().double().cpu()
         if found.isfinite().all() and norm.isfinite():
@@ -199,16 +203,17 @@ class Training:
             images = augmented(images, _generator(seed, self.step, 3))
         return Part(images, self.data.labels[rows])
 
-    def sampled(self, index: int) -> Sample:
-        """A training network by number; the graphs of those used last are kept."""
-        if index in self.graphs:
-            self.graphs.move_to_end(index)
+    def sampled(self, index: int) -> tuple[Network, Graph]:
+        """A training network by number, without weights, and its graph; those used last are kept."""
+        if index in self.kept:
+            self.kept.move_to_end(index)
         else:
             is_small = self.config.nets == "small"
-            self.graphs[index] = sample("train", index, seed=self.config.seed, small=is_small, dialect=self.ghn.dialect)
-            if len(self.graphs) > _KEPT_GRAPHS:
-                self.graphs.popitem(last=False)
-        return self.graphs[index]
+            drawn = sample("train", index, seed=self.config.seed, small=is_small, dialect=self.ghn.dialect)
+            self.kept[index] = drawn.architecture.build_light(keys=keys_of(self.ghn)), drawn.graph
+            if len(self.kept) > _KEPT:
+                self.kept.popitem(last=False)
+        return self.kept[index]
 
     def skip(self) -> None:
         """Count an update that cannot be used.
@@ -258,10 +263,8 @@ class Means(NamedTuple):
     """Sum of the norms of a network's predicted tensors."""
 
 
-def judge(samples: Sequence[Sample], ghn: GHN, images: Tensor, labels: Tensor) -> Means:
+def judge(nets: Sequence[Network], graphs: Sequence[Graph], ghn: GHN, images: Tensor, labels: Tensor) -> Means:
     """Predict the networks of a meta-batch and let all of them classify the same images."""
-    nets = [one.architecture.build_empty(device=images.device, keys=keys_of(ghn)) for one in samples]
-    graphs = [one.graph for one in samples]
     ghn(nets, graphs, keep_grads=True, bn_track_running_stats=True, reduce_graph=True)
     predicted = [slot.content for net in nets for slot in parameter_slots(net).values()]
     norms = torch.stack([tensor.norm() for tensor in predicted if isinstance(tensor, Tensor)])
@@ -273,14 +276,6 @@ def judge(samples: Sequence[Sample], ghn: GHN, images: Tensor, labels: Tensor) -
 def keys_of(ghn: GHN) -> Keys:
     """How networks for a hypernetwork name their attention weights."""
     return "ghn2" if ghn.dialect == "ppuda" else "ghn3"
-
-
-def cosine_warmup(epoch: int, epochs: int, lr: float, *, warmup: int = 5, first_lr: float = 1e-5) -> float:
-    """Published schedule: linear from ``first_lr`` over ``warmup`` epochs, then half a cosine to the last epoch."""
-    if epoch < warmup - 1:
-        return first_lr + (lr - first_lr) * epoch / (warmup - 1)
-    done = (epoch - warmup) / max(1, epochs - warmup)
-    return lr * max(0.0, 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def choose_device(name: str) -> torch.device:
