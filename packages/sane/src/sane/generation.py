@@ -100,8 +100,8 @@ def run_config(plan: ZooPlan, seed: int, index: int, shape: Sequence[int], class
     drawn = {key: values[int(rng.integers(len(values)))] for key, values in sorted(plan.settings.items())}
     network = {"model::type": plan.network, "model::channels_in": shape[0], "model::o_dim": classes}
     network["dataset::name"] = plan.data
-    if plan.network == "MLP":  # two layers, unless something else is drawn
-        network |= {"model::i_dim": math.prod(shape), "model::h_dim": [32, 32]}
+    if plan.network == "MLP":  # one hidden layer, unless something else is drawn
+        network |= {"model::i_dim": math.prod(shape), "model::h_dim": [10]}
     return {**DEFAULTS, **network, **drawn, "seed": int.from_bytes(digest[:7], "little")}
 
 
