@@ -308,3 +308,17 @@ def test_interrupts_and_limits_save(tmp_path):
     assert report.step == 1 and not report.interrupted and report.test_acc is not None
     assert open_net(tmp_path / "run").infinite_layers()[0].weight.numel() == 0
     assert len(open_net(tmp_path / "run").layers[1].atoms) == 8 + 16
+
+
+@pytest.mark.gpu
+def test_atoms_in_host_memory_are_streamed_to_the_gpu():
+    here, there = (InfMLP(6, 3, 5, device="cuda", generator=torch.Generator("cuda").manual_seed(0)) for _ in range(2))
+    there.load_state_dict(here.state_dict())
+    for layer in there.infinite_layers():
+        layer.atoms.stay_in_host_memory(2)
+    x = torch.randn(4, 6, device="cuda")
+    here(x).sum().backward()
+    there(x).sum().backward()
+    torch.testing.assert_close(here(x), there(x))
+    torch.testing.assert_close(here.layers[0].A.grad, there.layers[0].A.grad)
+    assert all(block.A.device.type == "cpu" for layer in there.infinite_layers() for block in layer.atoms.blocks)

@@ -314,13 +314,14 @@ class WidthsConfig:
     """What they learn."""
     data_root: DataRoot = None
     """Folder with the files of the data set; digits need none."""
-    widths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
-    nets: int = 4
+    widths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
+    nets: int = 8
     """Finite nets per width, computed together."""
     steps: int = 20
     batch_size: int = 16
     lr: float = 0.2
-    r: int = 30
+    r: int = 8
+    """Rank of the probability space; widths should be much larger."""
     depth: int = 2
     """Number of ReLU layers."""
     seed: int = 0

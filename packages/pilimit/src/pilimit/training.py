@@ -214,6 +214,7 @@ class Training:
         self.net = build_net(config, self.shape[0], self.shape[1], self.device)
         self.dtype = self.net.dtype
         self.images, self.labels = images.to(self.device), data.train.labels.to(self.device)
+        self.background = self.images.amin((0, 2, 3)) if config.data_augment else self.images.new_zeros(0)
         self.test_images = data.test.images.flatten(1).to(self.device, self.dtype)
         self.test_labels = data.test.labels.to(self.device)
         self.teacher = (
@@ -273,7 +274,7 @@ class Training:
         """Inputs (b, d) and labels (b,)."""
         x = self.images[rows.to(self.device)]
         if self.config.data_augment:
-            x = augment(x, self.images.amin((0, 2, 3)), generator)
+            x = augment(x, self.background, generator)
         return x.flatten(1).to(self.dtype), self.labels[rows.to(self.device)]
 
     def loss(self, output: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -414,7 +415,8 @@ class Training:
         folder = self.config.save_dir
         if folder is None:
             return
-        self.check() if self.step % self.per_epoch else None
+        if self.step % self.per_epoch:
+            self.check()
         progress = {"step": self.step, "sums": self.sums.tolist()}
         if isinstance(self.net, InfMLP):
             save_net(folder / NET, self.net, optimizer=self.optimizer, metadata=progress)
