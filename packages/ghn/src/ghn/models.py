@@ -115,6 +115,8 @@ def _imported(name: str) -> Callable[[], Any]:
         except (NotImplementedError, RuntimeError):  # perhaps because of the meta device
             raise
         except Exception as error:
-            raise ValueError(f"{name!r} fails when called without arguments: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"{name!r} fails when called without arguments: {type(error).__name__}: {error}"
+            ) from error
 
     return make
