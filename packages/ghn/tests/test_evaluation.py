@@ -70,6 +70,18 @@ def test_bundled_predictions_are_better_than_random_on_unseen_networks():
     assert found.untrained.low > 0.2
 
 
+def test_each_initialisation_is_trained_with_the_rate_that_is_best_for_it(few):
+    """Learning rates that cannot train are not chosen, and one alone is taken for both."""
+    found = compare(Unchanged(), few, num_nets=2, lrs=(1e-9, 0.1), quiet=True)
+    assert found.random_lr == found.predicted_lr == 0.1
+    alone = compare(Unchanged(), few, num_nets=2, lrs=(0.1,), quiet=True)
+    assert alone.networks == found.networks
+    with pytest.raises(ValueError, match="must be positive"):
+        compare(Unchanged(), few, lrs=())
+    with pytest.raises(ValueError, match="epochs must be at least 0, got -1"):
+        compare(Unchanged(), few, epochs=-1)
+
+
 def test_ghn2_is_judged_too(few):
     config = dataclasses.replace(TrainConfig(), hypernet="ghn2", hid=8, max_shape=(4, 4, 3, 3)).ghn_config()
     found = compare(build(config).eval(), few, num_nets=2, epochs=0, quiet=True)
