@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-LEARNING_RATES = (0.01, 0.03, 0.1, 0.3)
+LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Of SGD, from which an evaluation chooses one for each initialisation."""
 
 
