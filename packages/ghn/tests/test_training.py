@@ -158,6 +158,8 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--lr", "0"], "lr must be positive, got 0.0"),
+        (["--lr-steps", "0"], "lr_steps must be numbers from 1, and at least one, got (0,)"),
         (["--meta-batch", "0"], "meta_batch must be at least 1, got 0"),
         (["--num-nets", "2"], "num_nets (2) must not be smaller than meta_batch (4)"),
         (["--batch-size", "2000"], "batch_size is 2000, there are 1000 training images"),

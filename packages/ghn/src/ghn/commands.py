@@ -67,6 +67,8 @@ def predict(command: PredictCommand) -> None:
         raise ValueError("device 'cuda': no CUDA device is available here; use --device cpu")
     if not command.out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {command.out}: the folder {command.out.absolute().parent} does not exist")
+    if command.out.suffix in (".pt", ".pth", ".bin", ".ckpt", ".npz", ".json"):
+        raise ValueError(f"--out {command.out}: give a file *.safetensors, or a folder")
     ghn = from_pretrained(command.weights, revision=command.revision, offline=command.offline)
     ghn.to("cuda" if command.device == "cuda" or (command.device == "auto" and torch.cuda.is_available()) else "cpu")
     classes = command.num_classes or ghn.num_classes

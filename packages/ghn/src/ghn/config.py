@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-LEARNING_RATES = (0.01, 0.03, 0.1, 0.3)
+LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Of SGD, from which an evaluation chooses one for each initialisation."""
 
 
@@ -33,13 +33,13 @@ class TrainConfig:
     """Attention heads of GHN-3."""
     max_shape: tuple[int, int, int, int] = (32, 32, 5, 5)
     """Largest tensor that is decoded; larger ones repeat it."""
-    epochs: int = 40
+    epochs: int = 100
     """Passes over the training images."""
     meta_batch: int = 4
     """Networks per update."""
     batch_size: int = 32
     """Images per update."""
-    lr: float = 3e-3
+    lr: float = 6e-3
     """Highest learning rate of AdamW."""
     scheduler: Literal["cosine-warmup", "cosine", "mstep", "step"] = "cosine-warmup"
     """How it changes from epoch to epoch: along a cosine, after a linear warm-up or at once; or in steps."""
@@ -79,6 +79,8 @@ class TrainConfig:
         for name in ("num_nets", "epochs", "meta_batch", "warmup_epochs", "batch_size", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.lr <= 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
         if not self.lr_steps or min(self.lr_steps) < 1:
             raise ValueError(f"lr_steps must be numbers from 1, and at least one, got {self.lr_steps}")
         if self.seed < 0:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 import numpy as np
+from zoo_common.files import atomic_write
 
 if TYPE_CHECKING:
     from ghn.graph import Graph
@@ -77,7 +78,9 @@ def draw(
     if legend:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
     if path is not None:
-        figure.savefig(path, dpi=150, bbox_inches="tight")
+        kind = Path(path).suffix.removeprefix(".") or "png"
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format=kind, dpi=150, bbox_inches="tight")
     return figure
 
 

@@ -108,10 +108,12 @@ def compare(
         quiet: No progress bar.
 
     Raises:
-        ValueError: Fewer than two networks, or no learning rate.
+        ValueError: Fewer than two networks, a negative number of epochs, or no learning rate.
     """
     if num_nets < 2:
         raise ValueError(f"an interval needs at least 2 networks, got {num_nets}")
+    if epochs < 0:
+        raise ValueError(f"epochs must be at least 0, got {epochs}")
     if not lrs or min(lrs) <= 0:
         raise ValueError(f"learning rates must be positive, and at least one, got {tuple(lrs)}")
     parts = Splits(*(Part(*(tensor.to(ghn.device) for tensor in part)) for part in splits))

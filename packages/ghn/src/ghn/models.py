@@ -103,7 +103,20 @@ def _imported(name: str) -> Callable[[], Any]:
         found = importlib.import_module(path)
     except ModuleNotFoundError as error:
         raise ImportError(f"{name!r}: {error}; the current folder is searched too") from error
+    except Exception as error:  # whatever the user's module does
+        raise ValueError(f"{name!r}: module {path!r} fails on import: {type(error).__name__}: {error}") from error
     made = getattr(found, attribute, None)
     if not callable(made):
         raise ValueError(f"{name!r}: module {path} has no callable {attribute!r}")
-    return made
+
+    def make() -> Any:  # noqa: ANN401
+        try:
+            return made()
+        except (NotImplementedError, RuntimeError):  # perhaps because of the meta device
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{name!r} fails when called without arguments: {type(error).__name__}: {error}"
+            ) from error
+
+    return make
