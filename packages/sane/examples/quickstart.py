@@ -52,7 +52,9 @@ def main(sizes: Sizes) -> dict[str, float]:
     folder = sizes.folder or Path(tempfile.mkdtemp(prefix="sane-"))
 
     # 1. A zoo: many networks with different learning rates, weight decays and initialisations.
-    train_zoo(folder / "zoo", ZooConfig("digits", network="MLP", epochs=sizes.zoo_epochs, chunk=40), sizes.runs, quiet=False)
+    train_zoo(
+        folder / "zoo", ZooConfig("digits", network="MLP", epochs=sizes.zoo_epochs, chunk=40), sizes.runs, quiet=False
+    )
     zoo = Zoo.open(folder / "zoo")
     print(f"zoo: {len(zoo)} runs of {zoo.runs[0].checkpoints} checkpoints with {zoo.layout.size} weights")
 
@@ -68,7 +70,11 @@ def main(sizes: Sizes) -> dict[str, float]:
     print(f"tokens of a checkpoint: {tuple(tokens.shape[1:])}; two views of four windows: {tuple(batch.views.shape)}")
 
     # 4. The autoencoder.
-    settings = [f"prepared={folder}/prepared.safetensors", f"out_dir={folder}/results", f"training.epochs={sizes.epochs}"]
+    settings = [
+        f"prepared={folder}/prepared.safetensors",
+        f"out_dir={folder}/results",
+        f"training.epochs={sizes.epochs}",
+    ]
     settings += ["model.window=12", "model.d_model=96", "model.layers=2", "model.latent=16", "training.target=clean"]
     settings += ["training.test_every=0", "optim.lr=2e-3"]
     report = pretrain(load_config("small", settings))
@@ -77,11 +83,15 @@ def main(sizes: Sizes) -> dict[str, float]:
     # 5. Encode, decode, and what is lost.
     networks, splits = Networks(network_of(zoo)[0]()), images_of(facts_of(zoo), network_of(zoo)[1])
     lost = reconstruct(model, vectors, lambda v: networks.accuracy(v, splits.validation))
-    print(f"reconstruction: relative error {lost.relative_error:.3f}, accuracy {lost.accuracy_before:.3f} -> {lost.accuracy_after:.3f}")
+    print(
+        f"reconstruction: relative error {lost.relative_error:.3f}, accuracy {lost.accuracy_before:.3f} -> {lost.accuracy_after:.3f}"
+    )
     print(f"embeddings by windows: cosine {model.compare(vectors, Halo(8, 4)):.4f} to full attention")
 
     # 6. Accuracy and epoch from the embeddings, beside layer statistics.
-    groups = [labelled_split(model, prepared, s, ("test_acc", "epoch"), ("layer statistics",)) for s in prepared.samples]
+    groups = [
+        labelled_split(model, prepared, s, ("test_acc", "epoch"), ("layer statistics",)) for s in prepared.samples
+    ]
     scores = PropertyPredictor(groups[0], groups[1]).judge(groups[2])
     for score in scores:
         print(f"R2 of {score.property} from {score.features}: {score.r2:.3f} ({score.low:.3f} .. {score.high:.3f})")
@@ -92,7 +102,9 @@ def main(sizes: Sizes) -> dict[str, float]:
     sampler = Sampler(model, model.encode(best), KernelDensity("joint", bandwidth=0.1))
     new = sampler.subsampled(5, lambda v: networks.accuracy(v, splits.validation), draws=50)
     accuracy = networks.accuracy(new.vectors, splits.test)
-    print(f"sampled networks: test accuracy {accuracy.mean():.3f} (best anchor: {networks.accuracy(best[:1], splits.test)[0]:.3f})")
+    print(
+        f"sampled networks: test accuracy {accuracy.mean():.3f} (best anchor: {networks.accuracy(best[:1], splits.test)[0]:.3f})"
+    )
 
     numbers = {f"r2 {s.property} {s.features}": s.r2 for s in scores}
     numbers |= {"relative_error": lost.relative_error, "sampled_accuracy": accuracy.mean().item()}
