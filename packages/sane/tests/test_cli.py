@@ -94,7 +94,22 @@ def test_the_commands_from_a_zoo_to_samples(workshop, tmp_path, capsys):
     assert len(seen["layers"]) == 5 and 0 <= seen["accuracy_before"] <= 1 and seen["note"] == "none"
 
     new = tmp_path / "new.safetensors"
-    sampled = said(capsys, "sample", small, data, "-o", new, "--num", 3, "--anchors", 4, "--train-images", 128)
+    sampled = said(
+        capsys,
+        "sample",
+        small,
+        data,
+        "-o",
+        new,
+        "--num",
+        3,
+        "--anchors",
+        4,
+        "--train-images",
+        128,
+        "--judge-images",
+        100,
+    )
     names = [group["name"] for group in sampled["groups"]]
     assert names == ["sampled", "best anchor", "anchor + noise", "average of anchors", "random initialisation"]
     assert sampled["novelty"]["samples"] > 0 and len(sampled["groups"][0]["finetuned"]) == 1

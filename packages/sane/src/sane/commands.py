@@ -264,6 +264,9 @@ def sample(command: SampleCommand) -> None:
     model, prepared = _model_and_zoo(command.model, command.prepared, command.device)
     judged = command.strategy != "plain" or not command.no_compare or command.choose == "best"
     networks, splits = _networks_and_images(prepared, command.data, command.data_dir) if judged else (None, None)
+    if splits is not None:
+        parts = (first_images(part, command.judge_images) for part in (splits.validation, splits.test))
+        splits = Splits(splits.train, *parts)
     anchors, scores = _anchors(prepared, command, networks, splits)
     repair = _conditioning(networks, splits, command.condition, command.seed) if networks and splits else None
     halo = _halo(command.halo)
