@@ -74,14 +74,29 @@ def test_the_commands_from_a_zoo_to_samples(workshop, tmp_path, capsys):
 
     report = said(capsys, "predict", small, data, "--elsewhere", data, "--resamples", 50)
     names = {(score["property"], score["features"]) for score in report["scores"]}
-    assert len(names) == 12 and ("ggap", "spectra") in names
+    assert len(names) == 15 and {("ggap", "spectra"), ("epoch", "embedding by layer")} <= names
     assert all(str(data) in s["elsewhere"] for s in report["scores"] if s["r2"] is not None)
 
     seen = said(capsys, "diagnose", small, data, "--num", 3)
     assert len(seen["layers"]) == 5 and 0 <= seen["accuracy_before"] <= 1 and seen["note"] == "none"
 
     new = tmp_path / "new.safetensors"
-    sampled = said(capsys, "sample", small, data, "-o", new, "--num", 3, "--anchors", 4, "--train-images", 128)
+    sampled = said(
+        capsys,
+        "sample",
+        small,
+        data,
+        "-o",
+        new,
+        "--num",
+        3,
+        "--anchors",
+        4,
+        "--train-images",
+        128,
+        "--judge-images",
+        100,
+    )
     names = [group["name"] for group in sampled["groups"]]
     assert names == ["sampled", "best anchor", "anchor + noise", "average of anchors", "random initialisation"]
     assert sampled["novelty"]["samples"] > 0 and len(sampled["groups"][0]["finetuned"]) == 1

@@ -196,7 +196,7 @@ def test_novelty_finds_permuted_copies():
     assert near.member.tolist() == [0, 1, 2] and near.distance.max() < 1e-5
     away = nearest_members(unseen, aligned.split(20), symmetry)
     report = novelty_report(near, away)
-    assert report.copies == 1 and report.unseen > 0.5
-    assert novelty_report(away, away).copies < 0.2
+    assert report.nearer_than_unseen == 1 and report.unseen > 0.5
+    assert novelty_report(away, away).nearer_than_unseen < 0.2
     with pytest.raises(ValueError, match="no members"):
         nearest_members(copies, [], symmetry)

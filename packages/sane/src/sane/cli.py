@@ -223,6 +223,8 @@ class SampleCommand:
     """Its learning rate (Adam)."""
     train_images: int | None = None
     """Use at most this many training images."""
+    judge_images: int | None = None
+    """Judge on at most this many validation and test images."""
     no_compare: bool = False
     """Only sample: no rivals, no fine-tuning, no novelty."""
     report: Path | None = None

@@ -35,7 +35,7 @@ from sane.cli import (
 from sane.comparison import compare_groups, nearest_members, novelty_report, rival_groups
 from sane.config import config_to_yaml, load_config
 from sane.device import choose_device
-from sane.features import BASELINES
+from sane.features import BASELINES, by_layer
 from sane.generation import ZooPlan, train_zoo
 from sane.images import first_images, images_of
 from sane.model import Halo, SaneModel, load_model
@@ -240,11 +240,13 @@ def labelled_split(
     baselines: Sequence[str] = (),
     halo: Halo | None = None,
 ) -> Labelled:
-    """Embeddings, baseline features and properties of the checkpoints of a split."""
-    parts: dict[str, list[Tensor]] = {"embedding": [], **{name: [] for name in baselines}}
+    """Embeddings (the published mean, and by layer), baseline features and properties of the checkpoints of a split."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("embedding", "embedding by layer", *baselines)}
     for _, vectors in prepared.blocks(split):
         tokens = prepared.tokens(vectors)
-        parts["embedding"].append(model.embed(vectors, halo))
+        latents = model.encode(vectors, halo)
+        parts["embedding"].append(latents.mean(1))
+        parts["embedding by layer"].append(by_layer(latents, prepared.tokenizer))
         for name in baselines:
             parts[name].append(BASELINES[name](vectors, tokens, prepared.tokenizer))
     if not parts["embedding"]:
@@ -264,6 +266,9 @@ def sample(command: SampleCommand) -> None:
     model, prepared = _model_and_zoo(command.model, command.prepared, command.device)
     judged = command.strategy != "plain" or not command.no_compare or command.choose == "best"
     networks, splits = _networks_and_images(prepared, command.data, command.data_dir) if judged else (None, None)
+    if splits is not None:
+        parts = (first_images(part, command.judge_images) for part in (splits.validation, splits.test))
+        splits = Splits(splits.train, *parts)
     anchors, scores = _anchors(prepared, command, networks, splits)
     repair = _conditioning(networks, splits, command.condition, command.seed) if networks and splits else None
     halo = _halo(command.halo)

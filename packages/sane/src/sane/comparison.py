@@ -180,13 +180,13 @@ class NoveltyReport:
     """Median of unseen checkpoints; None if there are none."""
     unseen_low: float | None
     """Their 5 % quantile."""
-    copies: float
+    nearer_than_unseen: float
     """Share of samples nearer than that quantile (without unseen runs: than 1 % of the norm)."""
 
 
 def novelty_report(samples: Nearest, unseen: Nearest | None) -> NoveltyReport:
     """How new samples are, in comparison with unseen runs."""
     low = None if unseen is None else float(torch.quantile(unseen.distance, 0.05))
-    copies = (samples.distance < (0.01 if low is None else low)).double().mean()
+    nearer = (samples.distance < (0.01 if low is None else low)).double().mean()
     middle = None if unseen is None else float(unseen.distance.median())
-    return NoveltyReport(float(samples.distance.median()), float(samples.distance.min()), middle, low, float(copies))
+    return NoveltyReport(float(samples.distance.median()), float(samples.distance.min()), middle, low, float(nearer))

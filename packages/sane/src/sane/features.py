@@ -38,6 +38,12 @@ def layer_statistics(tokens: Tensor, tokenizer: ChannelTokenizer, *, include_pad
     return torch.cat(found, dim=1)
 
 
+def by_layer(latents: Tensor, tokenizer: ChannelTokenizer) -> Tensor:
+    """Mean and standard deviation of the latents of every layer's tokens: (n, 2L l) of (n, k, l)."""
+    parts = [latents[:, layer.start : layer.stop] for layer in tokenizer.layers]
+    return torch.cat([x for part in parts for x in (part.mean(1), part.std(1, correction=0))], dim=1)
+
+
 def weight_chunk(vectors: Tensor, size: int, where: Literal["first", "last", "random"], seed: int = 0) -> Tensor:
     """``size`` adjacent weights, the same ones of every checkpoint: (n, size)."""
     last = vectors.shape[1] - size

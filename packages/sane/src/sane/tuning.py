@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,10 @@ def tune(config: Config, choices: Sequence[str]) -> dict[str, Any]:
         ImportError: The extra ``tune`` is missing.
         ValueError: A choice is not of this form, or a value does not fit; nothing is trained.
     """
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # workers use this environment as it is
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
+        import ray
         from ray import tune as ray_tune
     except ImportError as error:
         raise ImportError("--tune needs Ray Tune: pip install 'sane[tune]'") from error
@@ -58,12 +63,19 @@ def tune(config: Config, choices: Sequence[str]) -> dict[str, Any]:
             last |= line
         ray_tune.report({"name": name, **last})
 
+    own = not ray.is_initialized()
+    if own:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     tuner = ray_tune.Tuner(
         trial,
         param_space={key: ray_tune.grid_search(values) for key, values in space.items()},
-        run_config=ray_tune.RunConfig(name="ray", storage_path=str(folder)),
+        run_config=ray_tune.RunConfig(name="ray", storage_path=str(folder), verbose=0),
     )
-    results = tuner.fit()
+    try:
+        results = tuner.fit()
+    finally:
+        if own:
+            ray.shutdown()
     found = [results[k] for k in range(len(results))]
     trials = {r.metrics["name"]: {**(r.config or {}), **r.metrics} for r in found if r.metrics}
     score = {name: row.get("loss_validation", row.get("loss", float("inf"))) for name, row in trials.items()}
