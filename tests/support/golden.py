@@ -182,6 +182,8 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A golden run that found no case has failed, whatever else passed."""
+    if hasattr(session.config, "workerinput"):  # a worker of pytest-xdist: the reports are counted by the controller
+        return
     wanted = bool(os.environ.get("GOLDEN_DIR")) or session.config.option.markexpr == "golden"
     if wanted and not _ran and not session.config.option.collectonly and exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

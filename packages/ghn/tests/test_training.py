@@ -133,7 +133,7 @@ def test_updates_that_are_not_finite_are_left_out_and_counted(monkeypatch):
     assert (run.step, run.skipped) == (1, 1)
     assert all(torch.equal(value, before[name]) for name, value in run.ghn.state_dict().items())
     run.skipped = 10
-    with pytest.raises(ValueError, match=r"not finite in 11 updates.*lower lr \(0.003\)"):
+    with pytest.raises(ValueError, match=r"not finite in 11 updates.*lower lr \(0.006\)"):
         run.advance()
 
 
@@ -148,7 +148,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     train(TINY, tmp_path / "run", limit_seconds=0, quiet=True)
     with pytest.raises(FileExistsError, match="already holds a run; use --resume"):
         train(TINY, tmp_path / "run", quiet=True)
-    with pytest.raises(ValueError, match=r"lr \(0.003 there, 0.1 given\)"):
+    with pytest.raises(ValueError, match=r"lr \(0.006 there, 0.1 given\)"):
         train(dataclasses.replace(TINY, lr=0.1), tmp_path / "run", resume=True, quiet=True)
     flip_bit(tmp_path / "run" / STATE)
     with pytest.raises(ValueError, match=STATE):
