@@ -126,21 +126,8 @@ def test_a_cluster_trains_the_same_zoo(tmp_path):
 
 @pytest.mark.reliability
 def test_a_killed_training_goes_on_to_the_same_zoo(tmp_path):
-    command = [
-        "sane",
-        "zoo",
-        "train",
-        "MLP",
-        "zoo",
-        "--runs",
-        "8",
-        "--chunk",
-        "2",
-        "--epochs",
-        "2",
-        "--train-images",
-        "200",
-    ]
+    command = ["sane", "zoo", "train", "digits", "zoo", "--network", "MLP", "--runs", "8", "--chunk", "2"]
+    command += ["--epochs", "2", "--train-images", "200"]
     (tmp_path / "killed").mkdir()
     assert run_killed(command, watch=tmp_path / "killed", seed=0, kills=4, cwd=tmp_path / "killed")
     (tmp_path / "whole").mkdir()
