@@ -330,8 +330,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["zoo"]:
         zoos: dict[str, tuple[type, Callable[[Any], int | None]]] = {
-            "train": (ZooTrainCommand, _later("zoo_train")),
-            "inspect": (ZooInspectCommand, _later("zoo_inspect")),
+            "train": (ZooTrainCommand, _later("zoo_train", "zoo_commands")),
+            "inspect": (ZooInspectCommand, _later("zoo_inspect", "zoo_commands")),
         }
         return run_command("sane zoo", ZOO_DESCRIPTION, zoos, arguments[1:] or ["--help"], package="sane")
     commands: dict[str, tuple[type, Callable[[Any], int | None]]] = {
@@ -347,11 +347,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command("sane", DESCRIPTION, commands, arguments)
 
 
-def _later(name: str) -> Callable[[Any], int | None]:
-    """A function of :mod:`sane.commands`, imported (with torch) when it is called."""
+def _later(name: str, module: str = "commands") -> Callable[[Any], int | None]:
+    """A function of :mod:`sane.commands` or another module, imported (with torch) when it is called."""
 
     def run(command: object) -> int | None:
-        status: int | None = getattr(importlib.import_module("sane.commands"), name)(command)
+        status: int | None = getattr(importlib.import_module(f"sane.{module}"), name)(command)
         return status
 
     return run

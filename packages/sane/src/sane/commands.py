@@ -5,7 +5,6 @@ import datetime
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,20 +28,17 @@ from sane.cli import (
     PreprocessCommand,
     PretrainCommand,
     SampleCommand,
-    ZooInspectCommand,
-    ZooTrainCommand,
 )
 from sane.comparison import compare_groups, nearest_members, novelty_report, rival_groups
 from sane.config import config_to_yaml, load_config
 from sane.device import choose_device
 from sane.features import BASELINES, by_layer
-from sane.generation import ZooPlan, train_zoo
 from sane.images import first_images, images_of
 from sane.model import Halo, SaneModel, load_model
 from sane.population import FineTuning, Networks, image_batches
 from sane.prediction import Labelled, PropertyPredictor, Score
 from sane.preparation import PrepareConfig, Prepared, known_network, network_of, open_prepared, prepare, symmetry_of
-from sane.properties import DEFAULTS, read_property
+from sane.properties import DEFAULTS
 from sane.reconstruction import reconstruct
 from sane.sampling import KernelDensity, Sampler
 
@@ -68,7 +64,7 @@ def preprocess(command: PreprocessCommand) -> None:
     _check_folder(command.out)
     prepared = prepare(command.zoo, config, quiet=command.json)
     prepared.save(command.out)
-    _show(
+    show(
         {
             "file": str(command.out),
             "bytes": command.out.stat().st_size,
@@ -111,7 +107,7 @@ def align(command: AlignCommand) -> None:
                 ],
                 name=f"aligned-{run.id}",
             )
-    _show({"zoo": str(command.out), "runs": len(copy), "dropped": prepared.dropped or "none"}, command.json)
+    show({"zoo": str(command.out), "runs": len(copy), "dropped": prepared.dropped or "none"}, command.json)
 
 
 def pretrain(command: PretrainCommand) -> int:
@@ -126,17 +122,17 @@ def pretrain(command: PretrainCommand) -> int:
     if command.tune:
         from sane.tuning import tune
 
-        _show(tune(config, command.tune), command.json)
+        show(tune(config, command.tune), command.json)
         return 0
     if command.dry_run:
-        _show(dataclasses.asdict(pretraining.forecast(config)), command.json)
+        show(dataclasses.asdict(pretraining.forecast(config)), command.json)
         return 0
     report = pretraining.pretrain(
         config, resume=command.resume, limit_seconds=command.limit_seconds, quiet=command.json
     )
     if int(os.environ.get("RANK", "0")) > 0:  # under torchrun, the first process speaks
         return 130 if report.interrupted else 0
-    _show({**dataclasses.asdict(report), "folder": str(report.folder), "finished": report.finished}, command.json)
+    show({**dataclasses.asdict(report), "folder": str(report.folder), "finished": report.finished}, command.json)
     if not report.finished:
         print(f"stopped at step {report.step} of {report.steps}; go on with --resume", file=sys.stderr)
     return 130 if report.interrupted else 0
@@ -167,7 +163,7 @@ def diagnose(command: DiagnoseCommand) -> None:
         ["layer", "error", "norm ratio", "cosine", "accuracy alone", "finding"],
         [[r.layer, r.relative_error, r.norm_ratio, r.cosine, r.accuracy, r.finding] for r in found.layers],
     )
-    _show(
+    show(
         {
             "relative_error": found.relative_error,
             "accuracy before": found.accuracy_before,
@@ -187,7 +183,7 @@ def embed(command: EmbedCommand) -> None:
     facts = {"runs": found.runs, "steps": found.steps, "method": found.method, "cosine": found.cosine}
     save_checkpoint(command.out, {"embeddings": found.vectors}, facts)
     summary = {"file": str(command.out), "embeddings": list(found.vectors.shape), "method": found.method}
-    _show(summary | ({} if found.cosine is None else {"cosine to full attention": found.cosine}), command.json)
+    show(summary | ({} if found.cosine is None else {"cosine to full attention": found.cosine}), command.json)
 
 
 def predict(command: PredictCommand) -> None:
@@ -318,7 +314,7 @@ def sample(command: SampleCommand) -> None:
             "ensemble",
         ]
         _table(head, [[*a, *b] for a, b in zip(rows, tuned, strict=True)])
-    _show({key: value for key, value in report.items() if key not in ("groups", "rounds")}, False)
+    show({key: value for key, value in report.items() if key not in ("groups", "rounds")}, False)
 
 
 def _anchors(
@@ -402,7 +398,7 @@ def finetune(command: FinetuneCommand) -> None:
     if command.out is not None:
         save_checkpoint(command.out, networks.layout.unflatten(vectors), content.metadata)
     ensemble = networks.ensemble_accuracy(vectors, splits.test)
-    _show(
+    show(
         {f"after epoch {k}" if k else "zero-shot": row for k, row in enumerate(rows)} | {"ensemble": ensemble},
         command.json,
     )
@@ -436,88 +432,6 @@ def reset_classifier(
     setattr(module.get_submodule(parent), child, heads[0])
     fresh = {f"{name}.{key}": torch.stack([head.state_dict()[key] for head in heads]) for key in heads[0].state_dict()}
     return module, {**state, **{key: value.detach() for key, value in fresh.items()}}
-
-
-def zoo_train(command: ZooTrainCommand) -> int:
-    """Make a zoo; 130 if Ctrl-C stopped it."""
-    plan = ZooPlan(
-        command.network,
-        command.data,
-        command.epochs,
-        _epochs(command.save),
-        dict(_setting(text) for text in command.settings),
-        command.train_images,
-        command.test_images,
-        None if command.start is None else str(command.start),
-    )
-    report = train_zoo(
-        plan,
-        command.directory,
-        runs=command.runs,
-        seed=command.seed,
-        chunk=command.chunk,
-        split=command.split,
-        data_dir=command.data_dir,
-        device=command.device,
-        ray=command.ray,
-        limit_seconds=command.limit_seconds,
-        quiet=command.json,
-    )
-    _show({**dataclasses.asdict(report), "path": str(report.path)}, command.json)
-    if report.stopped:
-        print(f"stopped ({report.stopped}); the same command goes on from here", file=sys.stderr)
-    return 130 if report.stopped == "interrupted" else 0
-
-
-def _setting(text: str) -> tuple[str, tuple[Any, ...]]:
-    """A hyper-parameter and its values, as numbers where they are such."""
-    key, equals, values = text.partition("=")
-    if not equals or not values:
-        raise ValueError(
-            f"{text!r}: give hyper-parameters as KEY=VALUE or KEY=VALUE,VALUE, for example optim::lr=0.001,0.003"
-        )
-    return key, tuple(_value(value) for value in values.split(","))
-
-
-def _value(text: str) -> Any:  # noqa: ANN401
-    """A number, a list of them (64x32), nothing (none), or a name."""
-    if re.fullmatch(r"\d+(x\d+)+", text):
-        return [int(part) for part in text.split("x")]
-    try:
-        value: Any = json.loads(text)
-    except json.JSONDecodeError:
-        return None if text.lower() == "none" else text
-    return value
-
-
-def _epochs(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        raise ValueError(f"--save {text!r}: give epochs as 0,1,5,10") from None
-
-
-def zoo_inspect(command: ZooInspectCommand) -> None:
-    """Say what a zoo holds."""
-    zoo = Zoo.open(command.zoo)
-    counts = {split: len(zoo.split(split)) for split in ("train", "validation", "test")}
-    runs = np.repeat(np.arange(len(zoo)), [run.checkpoints for run in zoo.runs])
-    checkpoints = np.concatenate([np.zeros(0, np.int64), *(np.arange(run.checkpoints) for run in zoo.runs)])
-    spread: dict[str, Any] = {}
-    for name in dict.fromkeys([*DEFAULTS, *zoo.metrics]):
-        try:
-            values = read_property(zoo, name, runs, checkpoints)
-        except KeyError:
-            continue
-        known = values[np.isfinite(values)]
-        if len(known):
-            spread[name] = dict(
-                zip(("least", "median", "largest"), map(float, np.quantile(known, (0, 0.5, 1))), strict=True)
-            )
-    _show(
-        {"runs": len(zoo), "checkpoints": len(runs), "parameters": zoo.layout.size, **counts, "properties": spread},
-        command.json,
-    )
 
 
 def _model_and_zoo(model: Path, prepared: Path, device: str) -> tuple[SaneModel, Prepared]:
@@ -597,14 +511,15 @@ def _finite(value: Any) -> Any:  # noqa: ANN401 (a tree of JSON values)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _show(result: Mapping[str, Any], as_json: bool, indent: str = "") -> None:
+def show(result: Mapping[str, Any], as_json: bool, indent: str = "") -> None:
+    """Print a result, as one JSON object or in lines."""
     if as_json:
         print(json.dumps(_finite(result), default=str))
         return
     for name, value in result.items():
         if isinstance(value, Mapping):
             print(f"{indent}{name}:")
-            _show(value, False, indent + "  ")
+            show(value, False, indent + "  ")
         elif name == "seconds":
             print(f"{indent}{name}: {datetime.timedelta(seconds=round(value))}")
         elif value is not None:
