@@ -81,6 +81,23 @@ def test_apply_is_the_gather_with_the_index(case):
     assert all((row.sort()[0] == torch.arange(symmetry.layout.size)).all() for row in index)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("inputs", [511, 512])  # 512: rows of whole 16 bytes
+@pytest.mark.parametrize("start", [0, 1])
+def test_long_rows_move_straight_to_their_place(dtype, inputs, start):
+    symmetry = Symmetry.from_module(Mlp(inputs, 6, 4), torch.randn(3, inputs))
+    n, d, generator = 9, symmetry.layout.size, torch.Generator().manual_seed(0)
+    vectors = torch.randn(start + n * d, generator=generator).to(dtype)[start:].view(n, d)
+    rows = torch.tensor([4, 4, 0, 8])
+    permutations = symmetry.random_permutations(len(rows), generator)
+    expected = symmetry.apply(vectors[rows], permutations, write=lambda values, out: out.copy_(values))
+    wider = torch.zeros(len(rows), d + 1, dtype=torch.float64)
+    assert not torch.equal(expected, vectors[rows])
+    assert torch.equal(symmetry.apply(vectors, permutations, rows=rows), expected)
+    assert torch.equal(symmetry.apply(vectors[rows], permutations, out=wider[:, 1:]), expected.double())
+    assert torch.equal(symmetry.apply(vectors[rows], permutations, out=wider.to(dtype)[:, :d]), expected)
+
+
 def test_groups_of_a_network_with_blocks():
     symmetry = Symmetry.from_module(ConvFlatten(), torch.randn(2, 2, 8, 8))
     assert [(g.name, g.size) for g in symmetry.groups] == [("a", 5), ("b", 4), ("c", 6)]

@@ -27,6 +27,9 @@ PROOF_TOLERANCE = 1e-10
 _CACHED = 2**20
 """Numbers that are permuted together, so that intermediate copies stay in the cache."""
 
+_LONG = 1024
+"""Bytes of a row from which on it goes to its place at once, not through the cache."""
+
 
 @dataclass(frozen=True, eq=False)
 class Symmetry:
@@ -90,7 +93,7 @@ class Symmetry:
         *,
         rows: Tensor | None = None,
         out: Tensor | None = None,
-        write: Callable[[Tensor, Tensor], object] = lambda values, out: out.copy_(values),
+        write: Callable[[Tensor, Tensor], object] | None = None,
     ) -> Tensor:
         """Permute each network of ``vectors`` (N, d) with its own row of ``permutations`` ((n, s) per group).
 
@@ -109,11 +112,17 @@ class Symmetry:
                     f"group {group.name!r}: permutations must be {(n, group.size)}, got {tuple(permutation.shape)}"
                 )
         out = vectors.new_empty(n, self.layout.size) if out is None else out
+        direct = write is None and not vectors.requires_grad and (out.dtype, out.stride(1)) == (vectors.dtype, 1)
         rooms = [] if vectors.requires_grad else list(vectors.new_empty(2, self._room(n)))
         indices: dict[tuple[tuple[int, int], ...], Tensor] = {}
         for spec in self.layout.tensors:
             span, shape = self.layout.slices[spec.name], spec.shape
             steps = self._steps(spec.name, shape, permutations, indices)
+            if direct and [axis for axis, _, _ in steps] == [0]:
+                row = steps[0][1] * math.prod(shape[1:])
+                if row * vectors.element_size() >= _LONG:
+                    _move_rows(vectors[:, span], rows, steps[0][2], row, out[:, span])
+                    continue
             count = max(1, _CACHED // math.prod(shape))
             for i in range(0, n, count):
                 part = slice(i, i + count)
@@ -123,7 +132,7 @@ class Symmetry:
                 for k, (axis, block, order) in enumerate(steps):
                     room = rooms[k % 2] if rooms else None
                     values = _permute_axis(values, chosen if k == 0 else None, shape, axis, block, order[part], room)
-                write(values, out[part, span])
+                out[part, span].copy_(values) if write is None else write(values, out[part, span])
         return out
 
     def _room(self, n: int) -> int:
@@ -255,6 +264,17 @@ class Symmetry:
             for entry in group.entries:
                 moves.setdefault(entry.tensor, {}).setdefault(entry.axis, []).append((g, entry))
         return moves
+
+
+def _move_rows(values: Tensor, chosen: Tensor | None, permutation: Tensor, row: int, out: Tensor) -> None:
+    """Permute the rows of n stacked tensors, (n, s * row) or ``chosen`` of more, with a permutation (n, s) for each."""
+    size = values.element_size()
+    offsets = [x.data_ptr() | size * (x.storage_offset() | x.stride(0) | row) for x in (values, out)]
+    if all(offset % 16 == 0 for offset in offsets):  # 16 bytes at a time, whatever they mean
+        values, out, row = values.view(torch.complex128), out.view(torch.complex128), size * row // 16
+    networks = torch.arange(len(permutation), device=values.device) if chosen is None else chosen
+    index = [networks[:, None], permutation]
+    torch.ops.aten.index.Tensor_out(values.unflatten(1, (-1, row)), index, out=out.unflatten(1, (-1, row)))
 
 
 def _permute_axis(
