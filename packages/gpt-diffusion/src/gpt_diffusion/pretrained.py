@@ -142,7 +142,7 @@ class Pretrained:
 
         Args:
             start: Weights (n, D), raw.
-            prompt: Metric wanted, one value or (n,), in its own units.
+            prompt: Metric wanted, one value or (n,), in its own units; :meth:`ModelInfo.outside` tells what it knows.
             start_metric: Metric of the starts (n,).
             seed: Seed of the noise.
             batch_size: Networks in one pass through the model.
