@@ -23,6 +23,9 @@ Moves = Mapping[str, Mapping[int, Sequence[tuple[int, Entry]]]]
 _MEMORY = 2**27
 """Numbers in the working copies of the networks that are matched together."""
 
+_TOGETHER = 2**20
+"""Numbers of several networks' tensors that are worth one product for all of them."""
+
 
 def _assign(similarity: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
     """Best assignments.
@@ -36,13 +39,13 @@ def _assign(similarity: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
     """
     from scipy.optimize import linear_sum_assignment
 
-    scores = similarity.double()
-    tables = list(scores.cpu().numpy())
+    tables = list(similarity.cpu().numpy())
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         chosen = list(pool.map(lambda table: linear_sum_assignment(table, maximize=True)[1], tables))
     permutation = torch.from_numpy(np.reshape(chosen, current.shape)).to(current.device, torch.int64)
-    values = [scores.gather(2, p[..., None]).sum((1, 2)) for p in (permutation, current)]
-    rounding = 4 * current.shape[1] * torch.finfo(similarity.dtype).eps * scores.abs().amax((1, 2))
+    values = [similarity.gather(2, p[..., None]).double().sum((1, 2)) for p in (permutation, current)]
+    largest = torch.maximum(similarity.amax((1, 2)), -similarity.amin((1, 2)))
+    rounding = 4 * current.shape[1] * torch.finfo(similarity.dtype).eps * largest
     gained = values[0] - values[1] > rounding
     return torch.where(gained[:, None], permutation, current), gained
 
@@ -69,27 +72,27 @@ class _Term:
         self.networks = self.arrange(tensors)
         self.index: Tensor | None = None
 
-    def update(self, index: Tensor) -> Tensor:
-        """Bring the similarities up to date with permutations (n, m) of the other axis; which networks changed (n,)."""
+    def add(self, total: Tensor, index: Tensor) -> Tensor:
+        """Bring the similarities ``total`` (n, s, s) up to permutations (n, m) of the other axis; which changed (n,)."""
         if self.index is None:
             every = torch.arange(len(index), device=index.device)
-            self.similarity = self._products(self.reference[None], self._taken(every, index))
+            _add_products(total, self.reference[None], self._taken(every, index))
             self.index = index
             return torch.ones_like(every, dtype=torch.bool)
         moved = index != self.index
         counts = moved.sum(1)
-        alike = counts.argsort()[(counts == 0).sum() :].chunk(4)  # networks with similar counts are corrected together
-        for rows in alike:
-            most = int(counts[rows[-1:]].sum())
-            if 10 * most > 9 * index.shape[1]:
-                self.similarity[rows] = self._products(self.reference[None], self._taken(rows, index[rows]))
-            elif most:
-                places = (
-                    moved[rows].to(torch.int8).topk(most, dim=1)[1]
-                )  # further ones have not moved: they add nothing
-                new, old = (self._taken(rows, x[rows].gather(1, places)) for x in (index, self.index))
-                ours = self.reference.index_select(0, places.flatten()).view(new.shape)
-                self.similarity[rows] += self._products(ours, new.sub_(old))
+        order = counts.argsort()[(counts == 0).sum() :]
+        for rows in order.split(max(1, _TOGETHER // self.networks[0].numel())):  # similar counts together
+            if not len(rows):  # of nothing, split makes one part
+                break
+            # networks with fewer positions that moved have some that did not: they add nothing
+            places = moved[rows].to(torch.int8).topk(int(counts[rows[-1]]), dim=1)[1]
+            new, old = (self._taken(rows, x[rows].gather(1, places)) for x in (index, self.index))
+            ours = self.reference.index_select(0, places.flatten()).view(new.shape)
+            part = total[rows[0] : rows[0] + 1] if len(rows) == 1 else total[rows]
+            _add_products(part, ours, new.sub_(old))
+            if len(rows) > 1:
+                total[rows] = part
         self.index = index
         return counts > 0
 
@@ -99,11 +102,11 @@ class _Term:
         taken = (rows[:, None] * m + index).flatten()
         return self.networks.view(n * m, r * s).index_select(0, taken).view(len(rows), -1, r, s)
 
-    @staticmethod
-    def _products(ours: Tensor, theirs: Tensor) -> Tensor:
-        """Inner products (n, s, s) of (1 or n, m, r, s) and (n, m, r, s)."""
-        n, size = len(theirs), theirs.shape[-1]
-        return torch.bmm(ours.reshape(len(ours), -1, size).transpose(1, 2).expand(n, -1, -1), theirs.view(n, -1, size))
+
+def _add_products(total: Tensor, ours: Tensor, theirs: Tensor) -> None:
+    """Add the inner products of (1 or n, m, r, s) and (n, m, r, s) to ``total`` (n, s, s)."""
+    n, size = len(theirs), theirs.shape[-1]
+    total.baddbmm_(ours.reshape(len(ours), -1, size).transpose(1, 2).expand(n, -1, -1), theirs.view(n, -1, size))
 
 
 class Matching:
@@ -143,25 +146,23 @@ class Matching:
         for term in (term for terms in self.terms for term in terms):
             term.load(vectors[:, self.layout.slices[term.entry.tensor]])
         count = len(self.groups)
+        totals = [vectors.new_zeros(len(vectors), group.size, group.size) for group in self.groups]
         for _ in range(max_sweeps):
             order = range(count) if generator is None else torch.randperm(count, generator=generator).tolist()
-            gained = [self._visit(g, permutations, vectors) for g in order]
+            gained = [self._visit(g, permutations, totals[g], vectors) for g in order]
             if not any(gained):
                 break
         return permutations
 
-    def _visit(self, g: int, permutations: list[Tensor], vectors: Tensor) -> bool:
+    def _visit(self, g: int, permutations: list[Tensor], total: Tensor, vectors: Tensor) -> bool:
         """Solve one group for the networks whose similarities have changed; whether any gained."""
         changed = torch.zeros(len(vectors), dtype=torch.bool, device=vectors.device)
         for term in self.terms[g]:
-            changed |= term.update(self._index(term, permutations))
+            changed |= term.add(total, self._index(term, permutations))
         rows = changed.nonzero()[:, 0]
         if not len(rows):
             return False
-        similarity = self.terms[g][0].similarity[rows]
-        for term in self.terms[g][1:]:
-            similarity += term.similarity[rows]
-        found, gained = _assign(similarity, permutations[g][rows])
+        found, gained = _assign(total if len(rows) == len(total) else total[rows], permutations[g][rows])
         if self.paired[g]:
             gained &= self._gain(g, found, permutations, vectors, rows) > 0
             found = torch.where(gained[:, None], found, permutations[g][rows])
