@@ -129,9 +129,14 @@ class Symmetry:
                 values, chosen = (vectors[part, span], None) if rows is None else (vectors[:, span], rows[part])
                 if chosen is not None and not steps:
                     values = values.index_select(0, chosen)
-                for k, (axis, block, order) in enumerate(steps):
-                    room = rooms[k % 2] if rooms else None
-                    values = _permute_axis(values, chosen if k == 0 else None, shape, axis, block, order[part], room)
+                own = [(axis, block, order[part]) for axis, block, order in steps]
+                single = [own.pop()] if own and own[-1][:2] == (len(shape) - 1, 1) else []  # numbers, not rows
+                if len(own) > 1:  # short rows come from the cache
+                    values, chosen = _permute_rows(values, chosen, shape, [], rooms[1] if rooms else None), None
+                if own:
+                    values, chosen = _permute_rows(values, chosen, shape, own, rooms[0] if rooms else None), None
+                for _, _, order in single:
+                    values = _permute_last(values, chosen, order, rooms[1] if rooms else None)
                 out[part, span].copy_(values) if write is None else write(values, out[part, span])
         return out
 
@@ -277,30 +282,38 @@ def _move_rows(values: Tensor, chosen: Tensor | None, permutation: Tensor, row: 
     torch.ops.aten.index.Tensor_out(values.unflatten(1, (-1, row)), index, out=out.unflatten(1, (-1, row)))
 
 
-def _permute_axis(
+def _permute_rows(
     values: Tensor,
-    rows: Tensor | None,
+    chosen: Tensor | None,
     shape: Sequence[int],
-    axis: int,
-    block: int,
-    permutation: Tensor,
+    steps: Sequence[tuple[int, int, Tensor]],
     room: Tensor | None,
 ) -> Tensor:
-    """Permute one axis of n stacked tensors, (n, prod(shape)) or ``rows`` of more, with a permutation (n, s) for each."""
-    n, size = permutation.shape
-    before, after = math.prod(shape[:axis]), block * math.prod(shape[axis + 1 :])
-    out = None if room is None else room[: n * before * size * after]
-    if after > 1:  # copies of whole rows, wherever they start
-        first = (torch.arange(n, device=values.device) if rows is None else rows).mul(values.stride(0))[:, None, None]
-        first = first + torch.arange(before, device=values.device).mul(size * after)[:, None]
-        starts = (first + permutation[:, None] * after).flatten()
-        last = (len(values) - 1) * values.stride(0) + (before * size - 1) * after  # where the last row of all starts
-        windows = values.as_strided((last + 1, after), (1, 1))
-        return torch.index_select(windows, 0, starts, out=None if out is None else out.view(-1, after)).view(n, -1)
-    values = values if rows is None else values.index_select(0, rows)
-    where = permutation[:, None].expand(n, before, size)  # a view, no index in memory
-    out = None if out is None else out.view(where.shape)
-    return torch.gather(values.reshape(where.shape), 2, where, out=out).view(n, -1)
+    """Permute axes of n stacked tensors, (n, prod(shape)) or ``chosen`` of more: one copy of whole rows.
+
+    Each step gives an axis, the size of the blocks that move and their order (n, s) for each tensor; axes ascend.
+    """
+    networks = torch.arange(len(values), device=values.device) if chosen is None else chosen
+    starts = networks[:, None] * values.stride(0)  # of the rows, wherever they lie
+    inner = math.prod(shape)  # numbers in all that has not been placed
+    for axis, block, order in steps:
+        size, row = math.prod(shape[axis:]), block * math.prod(shape[axis + 1 :])
+        if size < inner:
+            starts = (starts[..., None] + torch.arange(0, inner, size, device=values.device)).flatten(1)
+        starts = (starts[..., None] + (order * row)[:, None]).flatten(1)
+        inner = row
+    last = (len(values) - 1) * values.stride(0) + math.prod(shape) - inner
+    windows = values.as_strided((last + 1, inner), (1, 1))
+    out = None if room is None else room[: starts.numel() * inner].view(-1, inner)
+    return torch.index_select(windows, 0, starts.flatten(), out=out).view(len(networks), -1)
+
+
+def _permute_last(values: Tensor, chosen: Tensor | None, order: Tensor, room: Tensor | None) -> Tensor:
+    """Permute the last axis of n stacked tensors, (n, numel) or ``chosen`` of more, with an order (n, s) for each."""
+    values = (values if chosen is None else values.index_select(0, chosen)).unflatten(1, (-1, order.shape[1]))
+    where = order[:, None].expand(values.shape)  # a view, no index in memory
+    out = None if room is None else room[: values.numel()].view(values.shape)
+    return torch.gather(values, 2, where, out=out).flatten(1)
 
 
 class _Proof:
