@@ -113,7 +113,7 @@ class Symmetry:
                 )
         out = vectors.new_empty(n, self.layout.size) if out is None else out
         direct = write is None and not vectors.requires_grad and (out.dtype, out.stride(1)) == (vectors.dtype, 1)
-        rooms = [] if vectors.requires_grad else list(vectors.new_empty(2, self._room(n)))
+        rooms = (None, None) if vectors.requires_grad else vectors.new_empty(2, self._room(n)).unbind()
         indices: dict[tuple[tuple[int, int], ...], Tensor] = {}
         for spec in self.layout.tensors:
             span, shape = self.layout.slices[spec.name], spec.shape
@@ -127,16 +127,8 @@ class Symmetry:
             for i in range(0, n, count):
                 part = slice(i, i + count)
                 values, chosen = (vectors[part, span], None) if rows is None else (vectors[:, span], rows[part])
-                if chosen is not None and not steps:
-                    values = values.index_select(0, chosen)
                 own = [(axis, block, order[part]) for axis, block, order in steps]
-                single = [own.pop()] if own and own[-1][:2] == (len(shape) - 1, 1) else []  # numbers, not rows
-                if len(own) > 1:  # short rows come from the cache
-                    values, chosen = _permute_rows(values, chosen, shape, [], rooms[1] if rooms else None), None
-                if own:
-                    values, chosen = _permute_rows(values, chosen, shape, own, rooms[0] if rooms else None), None
-                for _, _, order in single:
-                    values = _permute_last(values, chosen, order, rooms[1] if rooms else None)
+                values = _permute_axes(values, chosen, shape, own, rooms)
                 out[part, span].copy_(values) if write is None else write(values, out[part, span])
         return out
 
@@ -282,6 +274,26 @@ def _move_rows(values: Tensor, chosen: Tensor | None, permutation: Tensor, row: 
     torch.ops.aten.index.Tensor_out(values.unflatten(1, (-1, row)), index, out=out.unflatten(1, (-1, row)))
 
 
+def _permute_axes(
+    values: Tensor,
+    chosen: Tensor | None,
+    shape: Sequence[int],
+    steps: Sequence[tuple[int, int, Tensor]],
+    rooms: Sequence[Tensor | None],
+) -> Tensor:
+    """Permute n stacked tensors, (n, prod(shape)) or ``chosen`` of more, with intermediate copies in two rooms.
+
+    Each step gives an axis, the size of the blocks that move and their order (n, s) for each tensor; axes ascend.
+    """
+    numbers = len(steps) > 0 and steps[-1][:2] == (len(shape) - 1, 1)  # not rows, but single numbers move last
+    rows = steps[:-1] if numbers else steps
+    if chosen is not None and (len(rows) > 1 or not steps):  # short rows are read from the cache
+        values, chosen = _permute_rows(values, chosen, shape, [], rooms[1]), None
+    if rows:
+        values, chosen = _permute_rows(values, chosen, shape, rows, rooms[0]), None
+    return _permute_last(values, chosen, steps[-1][2], rooms[1]) if numbers else values
+
+
 def _permute_rows(
     values: Tensor,
     chosen: Tensor | None,
@@ -289,10 +301,7 @@ def _permute_rows(
     steps: Sequence[tuple[int, int, Tensor]],
     room: Tensor | None,
 ) -> Tensor:
-    """Permute axes of n stacked tensors, (n, prod(shape)) or ``chosen`` of more: one copy of whole rows.
-
-    Each step gives an axis, the size of the blocks that move and their order (n, s) for each tensor; axes ascend.
-    """
+    """The steps that move rows, all of them in one copy."""
     networks = torch.arange(len(values), device=values.device) if chosen is None else chosen
     starts = networks[:, None] * values.stride(0)  # of the rows, wherever they lie
     inner = math.prod(shape)  # numbers in all that has not been placed
@@ -309,7 +318,7 @@ def _permute_rows(
 
 
 def _permute_last(values: Tensor, chosen: Tensor | None, order: Tensor, room: Tensor | None) -> Tensor:
-    """Permute the last axis of n stacked tensors, (n, numel) or ``chosen`` of more, with an order (n, s) for each."""
+    """The step that moves single numbers of the last axis."""
     values = (values if chosen is None else values.index_select(0, chosen)).unflatten(1, (-1, order.shape[1]))
     where = order[:, None].expand(values.shape)  # a view, no index in memory
     out = None if room is None else room[: values.numel()].view(values.shape)
