@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -55,6 +58,15 @@ def test_problems_are_one_line_and_a_status(capsys, error, status, line):
     assert run(["fail"], error) == status
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err == line + "\n"
+
+
+def test_a_reader_that_has_gone_is_no_problem_to_tell():
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = "import sys; from zoo_common.cli import main; sys.exit(main(['--help']))"
+    ended = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, b"")
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():

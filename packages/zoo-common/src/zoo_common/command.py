@@ -42,7 +42,7 @@ def run_command(
 
     Returns:
         0 on success; 1 after a problem with what the user gave (``ValueError``, ``KeyError``, ``OSError`` or a missing
-        extra), told in one line on stderr; 2 if the arguments do not parse; 130 after Ctrl-C.
+        extra), told in one line on stderr, or if nobody reads stdout any more; 2 if the arguments do not parse; 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments == ["--version"]:
@@ -58,15 +58,21 @@ def run_command(
     # Read when torch is imported. Waiting threads shall sleep: where other programs run, spinning ones cost a factor of 5.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
-        config = tyro.cli(
-            options, prog=prog, description=description, args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
-        )
-        return handlers[type(config)](config) or 0
+        try:
+            config = tyro.cli(
+                options, prog=prog, description=description, args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
+            )
+            return handlers[type(config)](config) or 0
+        finally:
+            sys.stdout.flush()
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else 1
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
         return 130
+    except BrokenPipeError:  # as in `zoo inspect ZOO | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the flush at the exit complain
+        return 1
     except (ValueError, KeyError, OSError, ImportError) as error:
         sys.stderr.write(f"{prog}: {_one_line(error)}\n")
         return 1
