@@ -240,13 +240,22 @@ class GHN(nn.Module):
             of_class = [target.kind == "class weight" for target in weights]
             rows = x[[target.node for target in weights]]
             for members, images in self.decoder.decode(rows, shapes, of_class) if weights else ():
-                for i, image in zip(members, images, strict=True):
-                    yield weights[i], self._scaled(weights[i], image, generator)
+                found = [weights[i] for i in members]
+                for target, image in zip(found, self._scaled(images, found).unbind(), strict=True):
+                    yield target, self._cropped(image, target.shape, generator)
 
-    def _scaled(self, target: Target, source: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def _scaled(self, images: Tensor, targets: Sequence[Target]) -> Tensor:
+        """Decoded images ``(n, ...)``, times the factors of their targets."""
+        images = images.contiguous()
+        if not self.weight_norm:
+            return images
+        factors = torch.tensor([fan_scale(target.shape) for target in targets], dtype=images.dtype)
+        factors = factors.view(-1, *[1] * (images.ndim - 1)).to(images.device)
+        return images * factors if images.requires_grad else images.mul_(factors)
+
+    def _cropped(self, image: Tensor, shape: Shape, generator: torch.Generator | None) -> Tensor:
         first_pixel = self.dialect == "ppuda"
-        block = crop(source, target.shape, centred=self.centred, generator=generator, first_pixel=first_pixel)
-        return block * fan_scale(target.shape) if self.weight_norm else block
+        return crop(image, shape, centred=self.centred, generator=generator, first_pixel=first_pixel)
 
     def _vectors(self, targets: list[Target], x: Tensor) -> Iterator[tuple[Target, Tensor]]:
         nodes = list(dict.fromkeys(target.node for target in targets))

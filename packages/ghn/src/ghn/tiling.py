@@ -80,19 +80,13 @@ def tile_into(out: Tensor, block: Tensor) -> None:
         out: Tensor with as many axes as ``block``, along none smaller; of any dtype and device.
         block: What is repeated.
     """
-    if out.ndim == 1 and out.shape[0] % block.shape[0] == 0:  # the same at once: there are many of these
-        out.unflatten(0, (-1, block.shape[0])).copy_(block)
-        return
-    out[tuple(map(slice, block.shape))].copy_(block)
-    for axis, (size, total) in reversed(list(enumerate(zip(block.shape, out.shape, strict=True)))):
-        if size == total:
-            continue
-        part = out[tuple(map(slice, block.shape[:axis]))]
-        first, times = part.narrow(axis, 0, size), total // size
-        if times > 1:
-            part.narrow(axis, size, (times - 1) * size).unflatten(axis, (-1, size)).copy_(first.unsqueeze(axis))
-        if rest := total - times * size:
-            part.narrow(axis, times * size, rest).copy_(first.narrow(axis, 0, rest))
+    for axis, (total, size) in enumerate(zip(out.shape, block.shape, strict=True)):
+        if rest := total % size:
+            tile_into(out.narrow(axis, 0, total - rest), block)
+            tile_into(out.narrow(axis, total - rest, rest), block.narrow(axis, 0, rest))
+            return
+    parted = [n for total, size in zip(out.shape, block.shape, strict=True) for n in (total // size, size)]
+    out.view(parted).copy_(block.reshape([n for size in block.shape for n in (1, size)]))
 
 
 def tiled(block: Tensor, shape: Shape) -> Tensor:
