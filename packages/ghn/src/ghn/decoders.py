@@ -173,7 +173,9 @@ class ConvDecoder(_Decoder):
         pieces = []
         for size, members in self._groups(computed, hidden).items():
             members.sort(key=kinds.__getitem__)
-            pieces += [(size, some) for some in _pieces(members, [4 * math.prod(size) * len(hidden[i]) for i in members])]
+            pieces += [
+                (size, some) for some in _pieces(members, [4 * math.prod(size) * len(hidden[i]) for i in members])
+            ]
         at_once = len(pieces) if torch.is_grad_enabled() else 1
         for start in range(0, len(pieces), max(1, at_once)):
             batch = pieces[start : start + at_once]
@@ -182,9 +184,7 @@ class ConvDecoder(_Decoder):
             for (size, some), matrix in zip(batch, matrices, strict=True):
                 yield from self._images(matrix, size, [(kinds[i], i) for i in some])
 
-    def _images(
-        self, matrix: Tensor, size: tuple[int, int], members: Sequence[tuple[Kind, int]]
-    ) -> Decoded:
+    def _images(self, matrix: Tensor, size: tuple[int, int], members: Sequence[tuple[Kind, int]]) -> Decoded:
         """Weights of nodes from what was computed for their pixels, ``(pixels, out * in)``; those of a kind at once."""
         for ((out, into, height, width), kernel, is_class), same in groupby(members, itemgetter(0)):
             nodes = [i for _, i in same]

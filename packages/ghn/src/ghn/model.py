@@ -41,6 +41,9 @@ class GHN(nn.Module):
         dialect: Which published code decides on graphs, kernels and crops: ``"ppuda"`` (2021) or ``"ghn3"`` (2023).
         rank: Rank of the matrices that the convolutional decoder makes; 0: full, as published. With a rank, the number
             of weights grows with the square of ``hid``, not with its cube.
+
+    Raises:
+        ValueError: A size is out of range.
     """
 
     def __init__(
@@ -60,6 +63,12 @@ class GHN(nn.Module):
         rank: int = 0,
     ) -> None:
         super().__init__()
+        sizes = {"num_classes": num_classes, "hid": hid, "heads": heads, "layers": layers}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if hid % 4 or rank < 0:
+            raise ValueError(f"hid must be a multiple of 4, and rank not negative, got {hid} and {rank}")
         self.max_shape = largest = _max_shape(max_shape)
         self.num_classes, self.dialect, self.weight_norm, self.ve = num_classes, dialect, weight_norm, ve
         self.config: dict[str, Any] = {
@@ -204,7 +213,8 @@ class GHN(nn.Module):
             if target.kind.startswith("class") and target.is_last and target.shape[0] != self.num_classes:
                 raise ValueError(
                     f"{target.name.removeprefix('.')} has {target.shape[0]} outputs, this hypernetwork predicts "
-                    f"{self.num_classes} classes: build the model for these, or pass predict_class_layers=False"
+                    f"{self.num_classes} classes: build the model for these, or keep its last layer "
+                    "(predict_class_layers=False, --keep-class-layer)"
                 )
         return targets, shapes
 
