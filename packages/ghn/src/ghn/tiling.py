@@ -47,6 +47,8 @@ def crop(
         A tensor of as many axes as ``shape``, along none larger.
     """
     rank = len(shape)
+    if source.shape == shape:
+        return source
     if rank == source.ndim and (rank == 1 or source.shape[2:] == shape[2:]):  # by far most
         return source[: shape[0]] if rank == 1 else source[: shape[0], : shape[1]]
     if source.ndim == 1:
@@ -91,6 +93,8 @@ def tile_into(out: Tensor, block: Tensor) -> None:
 
 def tiled(block: Tensor, shape: Shape) -> Tensor:
     """What :func:`tile_into` writes, as a new tensor through which gradients reach the block."""
+    if block.shape == shape:
+        return block.clone()
     times = [-(-total // size) for total, size in zip(shape, block.shape, strict=True)]
     parted = block.reshape([n for size in block.shape for n in (1, size)])
     whole = parted.expand([n for pair in zip(times, block.shape, strict=True) for n in pair])
