@@ -95,7 +95,7 @@ def test_the_command_prints_a_table_or_json_and_draws(tmp_path, capsys):
     options = ["eval", "--num-nets", "2", "--epochs", "0", "--device", "cpu"]
     assert main([*options, "--png", str(tmp_path / "eval.png")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7 and "95 % interval" in lines[-1]
+    assert len(lines) == 6 and lines[-1].startswith("predicted - random, as initialised") and "95 % int" in lines[-1]
     assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
     assert main([*options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

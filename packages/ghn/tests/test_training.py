@@ -258,3 +258,9 @@ def _filled(ghn):
             values = fill(name, tuple(value.shape), 0.1) + float(is_scale)
         value.copy_(values)
     return ghn.train()
+
+
+def test_a_short_training_does_not_consist_of_warming_up():
+    assert TrainConfig(epochs=1).learning_rate(0) == TrainConfig().lr
+    assert TrainConfig(epochs=2, warmup_epochs=5).learning_rate(1) == TrainConfig().lr
+    assert TrainConfig(epochs=10, warmup_epochs=5).learning_rate(0) == TrainConfig().warmup_lr

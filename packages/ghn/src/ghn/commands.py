@@ -155,15 +155,16 @@ def evaluate(command: EvalCommand) -> None:
 def _print_table(found: Comparison, epochs: int) -> None:
     """Accuracies of all networks, their means, and the intervals."""
     later = f"after {epochs} epoch" + ("s" if epochs != 1 else "")
-    print(f"{'':>9}{'':>12}{'as initialised':^22}{later:^22}")
-    print(f"{'network':>9}{'parameters':>12}" + f"{'random':>11}{'predicted':>11}" * 2)
+    gains = {"as initialised": found.untrained} | ({later: found.trained} if epochs else {})
+    print(f"{'':>21}" + "".join(f"{name:^22}" for name in gains))
+    print(f"{'network':>9}{'parameters':>12}" + f"{'random':>11}{'predicted':>11}" * len(gains))
+    names = list(found.means())[: 2 * len(gains)]
     for one in found.networks:
-        values = (one.random, one.predicted, one.random_trained, one.predicted_trained)
-        print(f"{one.index:>9}{one.parameters:>12,}" + "".join(f"{value:>11.3f}" for value in values))
-    print(f"{'mean':>9}{'':>12}" + "".join(f"{value:>11.3f}" for value in found.means().values()))
+        print(f"{one.index:>9}{one.parameters:>12,}" + "".join(f"{getattr(one, name):>11.3f}" for name in names))
+    print(f"{'mean':>9}{'':>12}" + "".join(f"{found.means()[name]:>11.3f}" for name in names))
     if epochs:
         print(f"learning rates, chosen on validation images: random {found.random_lr}, predicted {found.predicted_lr}")
-    for name, gain in (("as initialised", found.untrained), (later, found.trained)):
+    for name, gain in gains.items():
         print(f"predicted - random, {name}: {gain.mean:+.3f} (95 % interval {gain.low:+.3f} to {gain.high:+.3f})")
 
 

@@ -44,7 +44,7 @@ class TrainConfig:
     scheduler: Literal["cosine-warmup", "cosine", "mstep", "step"] = "cosine-warmup"
     """How it changes from epoch to epoch: along a cosine, after a linear warm-up or at once; or in steps."""
     warmup_epochs: int = 2
-    """Length of the warm-up (published: 5)."""
+    """Length of the warm-up (published: 5), at most half of the training."""
     warmup_lr: float = 1e-5
     """Where the warm-up begins."""
     lr_steps: tuple[int, ...] = (200, 250)
@@ -96,7 +96,7 @@ class TrainConfig:
             return self.lr * self.gamma ** sum(epoch >= step for step in self.lr_steps)
         if self.scheduler == "step":
             return self.lr * self.gamma ** (epoch // self.lr_steps[0])
-        warmup = self.warmup_epochs if self.scheduler == "cosine-warmup" else 0
+        warmup = min(self.warmup_epochs, self.epochs // 2) if self.scheduler == "cosine-warmup" else 0
         if epoch < warmup - 1:
             return self.warmup_lr + (self.lr - self.warmup_lr) * epoch / (warmup - 1)
         done = (epoch - warmup) / max(1, self.epochs - warmup)
