@@ -202,7 +202,7 @@ def test_the_input_size_is_that_of_timms_description():
         ("deepnets:test/3", ValueError, "cannot be read in this version"),
         ("absent_module:make", ImportError, "No module named 'absent_module'"),
         ("torch.nn:Absent", ValueError, "no callable 'Absent'"),
-        ("torch.nn:Linear", ValueError, "'torch.nn:Linear' fails when called without arguments: TypeError"),
+        ("torch.nn:Linear", ValueError, "'torch.nn:Linear' cannot be built: TypeError"),
         ("os:getcwd", ValueError, "gives a str, not a module"),
     ],
 )

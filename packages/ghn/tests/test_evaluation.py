@@ -26,7 +26,7 @@ def few():
 class Unchanged(torch.nn.Module):
     """A hypernetwork that leaves networks as they are."""
 
-    dialect, device = "ghn3", torch.device("cpu")
+    dialect, device, num_classes = "ghn3", torch.device("cpu"), 10
 
     def forward(self, net, graph, **options):
         return net
@@ -95,7 +95,7 @@ def test_the_command_prints_a_table_or_json_and_draws(tmp_path, capsys):
     options = ["eval", "--num-nets", "2", "--epochs", "0", "--device", "cpu"]
     assert main([*options, "--png", str(tmp_path / "eval.png")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7 and "95 % interval" in lines[-1]
+    assert len(lines) == 6 and lines[-1].startswith("predicted - random, as initialised") and "95 % int" in lines[-1]
     assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
     assert main([*options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -106,3 +106,17 @@ def test_weights_that_do_not_exist_are_one_line(capsys):
     assert main(["eval", "--weights", "digitz"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "there is no file digitz" in line and "there are digits," in line
+
+
+@pytest.mark.parametrize("name", ["absent/eval.png", "eval.xyz", "."])
+def test_a_picture_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys, name):
+    for command in (["eval"], ["graph", "resnet18"]):
+        assert main([*command, "--png", str(tmp_path / name)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"ghn: --png {tmp_path / name}: ")
+
+
+def test_hypernetworks_for_other_classes_are_refused(few):
+    config = dataclasses.replace(TrainConfig(), hid=8, max_shape=(4, 4, 3, 3)).ghn_config()
+    with pytest.raises(ValueError, match="this hypernetwork predicts 7"):
+        compare(build({**config, "num_classes": 7}), few, num_nets=2)

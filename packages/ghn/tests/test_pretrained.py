@@ -245,12 +245,24 @@ def test_the_command_writes_what_the_library_predicts(saved, adjust, tmp_path, c
 
 
 def test_the_command_names_what_is_wrong_in_one_line(saved, tmp_path, capsys):
-    out = tmp_path / "x.safetensors"
+    out, taken, folder = tmp_path / "x.safetensors", tmp_path / "taken", tmp_path / "folder.safetensors"
+    taken.touch()
+    folder.mkdir()
     for arguments, parts in (
         (["resnet18", "-o", out, "--weights", "ghn5.pt"], ["no file ghn5.pt", "ghn3tm8.pt"]),
         (["resnet18", "-o", out, "--weights", tmp_path], ["is a folder without ghn.safetensors"]),
         (["resnet18", "-o", out, "--weights", saved, "--num-classes", "7"], ["fc.weight has 7 outputs"]),
-        (["resnet18", "-o", tmp_path / "no" / "x.safetensors", "--weights", saved], ["does not exist"]),
+        (["resnet18", "-o", out, "--weights", saved, "--num-classes", "0"], ["num_classes must be at least 1, got 0"]),
+        (["resnet18", "-o", out, "--weights", saved, "--seed", "-1"], ["seed must be from 0 to 2**63 - 1, got -1"]),
+        (["resnet18", "-o", out, "--weights", saved, "--input", "-2", "3"], ["sizes that are not negative, got -2 3"]),
+        (["resnet18", "-o", tmp_path / "no" / "x.safetensors", "--weights", saved], ["there is no folder"]),
+        (["resnet18", "-o", tmp_path / "x.txt", "--weights", saved], ["x.txt: give a file *.safetensors"]),
+        (["resnet18", "-o", saved / "ghn.safetensors" / "x.safetensors", "--weights", saved], ["there is no folder"]),
+        (
+            ["resnet18", "-o", taken, "--weights", saved],
+            [str(taken), "exists and is no folder: give a file *.safetens"],
+        ),
+        (["resnet18", "-o", folder, "--weights", saved], ["folder.safetensors, which is a folder"]),
         (["resnet81", "-o", out, "--weights", saved], ["resnet81"]),
     ):
         assert main(["predict", *map(str, arguments)]) == 1

@@ -159,6 +159,12 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     ("arguments", "message"),
     [
         (["--lr", "0"], "lr must be positive, got 0.0"),
+        (["--lr", "nan"], "lr must be positive, got nan"),
+        (["--grad-clip", "-1"], "grad_clip must not be negative, got -1.0"),
+        (["--hid", "33"], "hid must be a multiple of 4, and rank not negative, got 33 and 0"),
+        (["--layers", "0"], "layers must be at least 1, got 0"),
+        (["--seed", "-1"], "seed must be from 0 to 2**63 - 1, got -1"),
+        (["--limit-seconds", "nan"], "limit_seconds must not be negative, got nan"),
         (["--lr-steps", "0"], "lr_steps must be numbers from 1, and at least one, got (0,)"),
         (["--meta-batch", "0"], "meta_batch must be at least 1, got 0"),
         (["--num-nets", "2"], "num_nets (2) must not be smaller than meta_batch (4)"),
@@ -172,6 +178,21 @@ def test_bad_settings_are_one_line(tmp_path, capsys, arguments, message):
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_in_the_place_of_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "run").touch()
+    assert main(["train", "--out", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err == f"ghn: {tmp_path / 'run'} is a file: give another folder as --out\n"
+
+
+def test_data_that_are_missing_are_fetched_if_wanted(tmp_path, monkeypatch):
+    def fetch(root, download):
+        raise RuntimeError(f"no network for {root.name}, {download}")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", fetch)
+    with pytest.raises(FileNotFoundError, match=f"no network for {tmp_path.name}, True"):
+        load_images("cifar10", tmp_path, download=True)
 
 
 def test_the_command_prints_a_forecast_and_a_report(tmp_path, capsys):
@@ -237,3 +258,9 @@ def _filled(ghn):
             values = fill(name, tuple(value.shape), 0.1) + float(is_scale)
         value.copy_(values)
     return ghn.train()
+
+
+def test_a_short_training_does_not_consist_of_warming_up():
+    assert TrainConfig(epochs=1).learning_rate(0) == TrainConfig().lr
+    assert TrainConfig(epochs=2, warmup_epochs=5).learning_rate(1) == TrainConfig().lr
+    assert TrainConfig(epochs=10, warmup_epochs=5).learning_rate(0) == TrainConfig().warmup_lr

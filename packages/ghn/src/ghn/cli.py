@@ -85,6 +85,8 @@ class PredictCommand:
     """Do not predict the last layer."""
     extended: bool = False
     """Also predict layers that the published code leaves out."""
+    input: tuple[int, ...] | None = None
+    """Shape of a float input, the batch first; default: two images of the size that the model expects."""
     adjust: Literal["cifar"] | None = None
     """Fit the first layers to images of 32 x 32 pixels."""
     seed: int = 0
@@ -103,6 +105,8 @@ class TrainCommand(TrainConfig):
     """Folder of the run."""
     data_dir: Path | None = None
     """Folder with the files of CIFAR-10."""
+    download: bool = False
+    """Let torchvision fetch them into this folder if they are missing."""
     resume: bool = False
     """Go on with a run that was stopped or killed."""
     limit_seconds: float | None = None
@@ -123,6 +127,8 @@ class EvalCommand:
     """Images for training and test."""
     data_dir: Path | None = None
     """Folder with the files of CIFAR-10."""
+    download: bool = False
+    """Let torchvision fetch them into this folder if they are missing."""
     nets: Literal["small", "deepnets"] = "small"
     """Networks: small ones, or new ones by the rules of DeepNets-1M."""
     num_nets: int = 48

@@ -44,7 +44,7 @@ class TrainConfig:
     scheduler: Literal["cosine-warmup", "cosine", "mstep", "step"] = "cosine-warmup"
     """How it changes from epoch to epoch: along a cosine, after a linear warm-up or at once; or in steps."""
     warmup_epochs: int = 2
-    """Length of the warm-up (published: 5)."""
+    """Length of the warm-up (published: 5), at most half of the training."""
     warmup_lr: float = 1e-5
     """Where the warm-up begins."""
     lr_steps: tuple[int, ...] = (200, 250)
@@ -79,12 +79,14 @@ class TrainConfig:
         for name in ("num_nets", "epochs", "meta_batch", "warmup_epochs", "batch_size", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.lr <= 0:
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive, got {self.lr}")
+        for name in ("warmup_lr", "gamma", "weight_decay", "predparam_wd", "grad_clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not self.lr_steps or min(self.lr_steps) < 1:
             raise ValueError(f"lr_steps must be numbers from 1, and at least one, got {self.lr_steps}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        check_seed(self.seed)
         if self.num_nets < self.meta_batch:
             raise ValueError(f"num_nets ({self.num_nets}) must not be smaller than meta_batch ({self.meta_batch})")
 
@@ -94,7 +96,7 @@ class TrainConfig:
             return self.lr * self.gamma ** sum(epoch >= step for step in self.lr_steps)
         if self.scheduler == "step":
             return self.lr * self.gamma ** (epoch // self.lr_steps[0])
-        warmup = self.warmup_epochs if self.scheduler == "cosine-warmup" else 0
+        warmup = min(self.warmup_epochs, self.epochs // 2) if self.scheduler == "cosine-warmup" else 0
         if epoch < warmup - 1:
             return self.warmup_lr + (self.lr - self.warmup_lr) * epoch / (warmup - 1)
         done = (epoch - warmup) / max(1, self.epochs - warmup)
@@ -121,6 +123,16 @@ class TrainConfig:
     def to_yaml(self) -> str:
         """Text of a ``config.yaml``."""
         return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(self))), sort_keys=False)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what no generator takes.
+
+    Raises:
+        ValueError: The seed is negative or too large.
+    """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
 
 
 def read_config(path: Path) -> TrainConfig:

@@ -4,6 +4,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, cast
 
 import torch
@@ -19,6 +21,9 @@ _BLOCK_BYTES = 2**25
 
 _READ_PIXELS = 20
 """Pixels for which the last layer can be computed in the time that reading it takes."""
+
+Kind = tuple[Shape4, tuple[int, int], bool]
+"""Sizes that are computed for a node, the kernel that it gets, and whether it is a classification layer."""
 
 Decoded = Iterator[tuple[list[int], Tensor]]
 """Positions of some nodes, and the weights ``(nodes, out, in, height, width)`` decoded for them."""
@@ -138,46 +143,54 @@ class ConvDecoder(_Decoder):
         product = left.view(-1, out, rank) @ right.view(-1, into, rank).mT
         return product.flatten(1) / math.sqrt(rank)
 
-    def finish(self, image: Tensor, shape: Shape4, is_class: bool) -> Tensor:
+    def finish(self, image: Tensor, kernel: tuple[int, int], is_class: bool) -> Tensor:
         """Weights from what was computed, ``(n, out, in, height, width)``: classes, and kernels beyond the image."""
         if is_class:
             columns = F.relu(image[..., 0, 0]).mT
             return _linear(self.class_layer_predictor[1], columns).mT[..., None, None]
-        if image.shape[-2:] == shape[2:]:
+        if image.shape[-2:] == kernel:
             return image
         if self.periodic:
-            return _repeated(image, shape)
-        return F.interpolate(image.flatten(0, 1), shape[2:], mode="bilinear").view(*image.shape[:3], *shape[2:])
+            return _repeated(image, kernel)
+        return F.interpolate(image.flatten(0, 1), kernel, mode="bilinear").view(*image.shape[:3], *kernel)
 
     def forward(self, x: Tensor, shape: Shape4, is_class: bool = False) -> Tensor:  # noqa: D102 (of the base)
         out, into, height, width = self._computed(shape, is_class)
         (hidden,) = self.hidden([x], [(height, width)])
         (matrix,) = self.matrices([hidden.flatten(0, 1)], [(out, into)])
         image = matrix.view(len(x), height, width, out, into).permute(0, 3, 4, 1, 2)
-        return self.finish(image, shape, is_class)
+        return self.finish(image, shape[2:], is_class)
 
     def decode(self, x: Tensor, shapes: Sequence[Shape4], is_class: Sequence[bool]) -> Decoded:  # noqa: D102
-        computed = [self._computed(*request) for request in zip(shapes, is_class, strict=True)]
-        kernels = _grouped([shape[2:] for shape in computed])
+        requests = list(zip(shapes, is_class, strict=True))
+        computed = [self._computed(*request) for request in requests]
+        kinds = [(size, shape[2:], of_class) for size, (shape, of_class) in zip(computed, requests, strict=True)]
+        kernels = _grouped([size[2:] for size in computed])
         hidden: dict[int, Tensor] = {}
         made = self.hidden([x[members] for members in kernels.values()], list(kernels))
         for members, vectors in zip(kernels.values(), made, strict=True):
-            hidden |= dict(zip(members, vectors, strict=True))
-        pieces = [
-            (size, some)
-            for size, members in self._groups(computed, hidden).items()
-            for some in _pieces(members, [4 * math.prod(size) * len(hidden[i]) for i in members])
-        ]
+            hidden |= dict(zip(members, vectors.unbind(), strict=True))
+        pieces = []
+        for size, members in self._groups(computed, hidden).items():
+            members.sort(key=kinds.__getitem__)
+            pieces += [
+                (size, some) for some in _pieces(members, [4 * math.prod(size) * len(hidden[i]) for i in members])
+            ]
         at_once = len(pieces) if torch.is_grad_enabled() else 1
         for start in range(0, len(pieces), max(1, at_once)):
             batch = pieces[start : start + at_once]
             inputs = [torch.cat([hidden[i] for i in some]) for _, some in batch]
             matrices = self.matrices(inputs, [size for size, _ in batch])
             for (size, some), matrix in zip(batch, matrices, strict=True):
-                for i, part in zip(some, matrix.split([len(hidden[i]) for i in some]), strict=True):
-                    out, into, height, width = computed[i]
-                    image = part.view(height, width, *size).permute(2, 3, 0, 1)[None, :out, :into]
-                    yield [i], self.finish(image, shapes[i], is_class[i])
+                yield from self._images(matrix, size, [(kinds[i], i) for i in some])
+
+    def _images(self, matrix: Tensor, size: tuple[int, int], members: Sequence[tuple[Kind, int]]) -> Decoded:
+        """Weights of nodes from what was computed for their pixels, ``(pixels, out * in)``; those of a kind at once."""
+        for ((out, into, height, width), kernel, is_class), same in groupby(members, itemgetter(0)):
+            nodes = [i for _, i in same]
+            pixels, matrix = matrix.tensor_split((len(nodes) * height * width,))
+            images = pixels.view(-1, height, width, *size).permute(0, 3, 4, 1, 2)[:, :out, :into]
+            yield nodes, self.finish(images, kernel, is_class)
 
     def _computed(self, shape: Shape4, is_class: bool) -> Shape4:
         """What is computed for a tensor; for a classification layer one pixel of all output channels."""
@@ -226,7 +239,7 @@ class MlpDecoder(_Decoder):
 
         (values,) = partial_linears(last, [needed], [hidden])
         values = values.view(len(x), out, into, height, width)
-        return values if (height, width) == shape[2:] else _repeated(values, shape)
+        return values if (height, width) == shape[2:] else _repeated(values, shape[2:])
 
 
 class Decoder1d(nn.Module):
@@ -242,9 +255,9 @@ class Decoder1d(nn.Module):
         return self.fc(x).view(len(x), 2, self.width)
 
 
-def _repeated(image: Tensor, shape: Shape4) -> Tensor:
+def _repeated(image: Tensor, kernel: tuple[int, int]) -> Tensor:
     """An image repeated to a larger kernel."""
-    rows, columns = (torch.arange(n, device=image.device) % m for n, m in zip(shape[2:], image.shape[-2:], strict=True))
+    rows, columns = (torch.arange(n, device=image.device) % m for n, m in zip(kernel, image.shape[-2:], strict=True))
     return image[..., rows[:, None], columns]
 
 

@@ -17,7 +17,7 @@ from zoo_common.datasets import Part, Splits
 from zoo_common.files import atomic_write
 
 from ghn.batchnorm import evaluate
-from ghn.config import LEARNING_RATES
+from ghn.config import LEARNING_RATES, check_seed
 from ghn.deepnets.sampling import Sample, sample
 from ghn.model import GHN
 from ghn.training import keys_of
@@ -108,14 +108,20 @@ def compare(
         quiet: No progress bar.
 
     Raises:
-        ValueError: Fewer than two networks, a negative number of epochs, or no learning rate.
+        ValueError: Fewer than two networks, a negative number of epochs, no learning rate, or the hypernetwork is not for
+            10 classes.
     """
     if num_nets < 2:
         raise ValueError(f"an interval needs at least 2 networks, got {num_nets}")
     if epochs < 0:
         raise ValueError(f"epochs must be at least 0, got {epochs}")
-    if not lrs or min(lrs) <= 0:
+    check_seed(seed)
+    if not lrs or not all(0 < lr < math.inf for lr in lrs):
         raise ValueError(f"learning rates must be positive, and at least one, got {tuple(lrs)}")
+    if ghn.num_classes != 10:
+        raise ValueError(
+            f"networks of 10 classes are judged, this hypernetwork predicts {ghn.num_classes}: choose another"
+        )
     parts = Splits(*(Part(*(tensor.to(ghn.device) for tensor in part)) for part in splits))
     rates = lrs if epochs else ()
     kept: list[tuple[int, int, int, float, float]] = []

@@ -11,17 +11,24 @@ from zoo_common.datasets import Part, Splits, load_dataset
 Data = Literal["digits", "cifar10"]
 
 
-def load_images(name: Data, data_dir: Path | None = None) -> Splits:
+def load_images(name: Data, data_dir: Path | None = None, *, download: bool = False) -> Splits:
     """Training, validation and test images ``(n, 3, 32, 32)`` with labels; digits are enlarged and repeated.
 
     Channels are last in memory, which makes small convolutions on a CPU a third faster.
+
+    Args:
+        name: Which images.
+        data_dir: Folder with the files of CIFAR-10.
+        download: Let torchvision fetch them into ``data_dir`` if they are missing.
 
     Raises:
         FileNotFoundError: The files of CIFAR-10 are not in ``data_dir``.
         ValueError: They are damaged.
         ImportError: The extra ``ghn[data]`` is not installed.
     """
-    return Splits(*(Part(_fitted(part.images), part.labels) for part in load_dataset(name, data_dir)))
+    return Splits(
+        *(Part(_fitted(part.images), part.labels) for part in load_dataset(name, data_dir, download=download))
+    )
 
 
 def _fitted(images: Tensor) -> Tensor:

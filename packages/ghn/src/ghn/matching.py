@@ -1,7 +1,6 @@
 """Which node of a graph predicts which parameter of a model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from ghn.graph import Graph, NodeInfo, stored_name
 from ghn.shapes import Shape
 
 Kind = Literal["weight", "vector", "class weight", "class bias"]
-_LIGHT = {"weight", "bias", "in_proj_weight", "in_proj_bias", "pos_embedding", "layer_scale"}
+_LIGHT = ("weight", "bias", "in_proj_weight", "in_proj_bias", "pos_embedding", "layer_scale")
 """Attributes of modules that hold a shape instead of a tensor in light-weight networks."""
 _WITHOUT_PARAMETER = ("input", "sum", "concat", "max_pool", "avg_pool", "glob_avg", "msa", "cse")
 
@@ -28,8 +27,7 @@ class Slot(NamedTuple):
         return tuple(getattr(self.content, "shape", self.content))
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """A parameter that is predicted."""
 
     name: str
@@ -58,8 +56,8 @@ def parameter_slots(model: nn.Module) -> dict[str, Slot]:
         for name, value in module._parameters.items():
             if value is not None:
                 slots[f"{prefix}.{name}"] = Slot(module, name, value)
-        for name in own:
-            if name in _LIGHT and isinstance(own[name], list | tuple):
+        for name in () if own.keys().isdisjoint(_LIGHT) else _LIGHT:
+            if isinstance(own.get(name), list | tuple):
                 slots[f"{prefix}.{name}"] = Slot(module, name, own[name])
         before = f"{prefix}." if prefix else ""
         children = [(before + name, child) for name, child in module._modules.items() if child is not None]

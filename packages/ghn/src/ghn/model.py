@@ -41,6 +41,9 @@ class GHN(nn.Module):
         dialect: Which published code decides on graphs, kernels and crops: ``"ppuda"`` (2021) or ``"ghn3"`` (2023).
         rank: Rank of the matrices that the convolutional decoder makes; 0: full, as published. With a rank, the number
             of weights grows with the square of ``hid``, not with its cube.
+
+    Raises:
+        ValueError: A size is out of range.
     """
 
     def __init__(
@@ -60,6 +63,12 @@ class GHN(nn.Module):
         rank: int = 0,
     ) -> None:
         super().__init__()
+        sizes = {"num_classes": num_classes, "hid": hid, "heads": heads, "layers": layers}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if hid % 4 or rank < 0:
+            raise ValueError(f"hid must be a multiple of 4, and rank not negative, got {hid} and {rank}")
         self.max_shape = largest = _max_shape(max_shape)
         self.num_classes, self.dialect, self.weight_norm, self.ve = num_classes, dialect, weight_norm, ve
         self.config: dict[str, Any] = {
@@ -204,7 +213,8 @@ class GHN(nn.Module):
             if target.kind.startswith("class") and target.is_last and target.shape[0] != self.num_classes:
                 raise ValueError(
                     f"{target.name.removeprefix('.')} has {target.shape[0]} outputs, this hypernetwork predicts "
-                    f"{self.num_classes} classes: build the model for these, or pass predict_class_layers=False"
+                    f"{self.num_classes} classes: build the model for these, or keep its last layer "
+                    "(predict_class_layers=False, --keep-class-layer)"
                 )
         return targets, shapes
 
@@ -240,13 +250,22 @@ class GHN(nn.Module):
             of_class = [target.kind == "class weight" for target in weights]
             rows = x[[target.node for target in weights]]
             for members, images in self.decoder.decode(rows, shapes, of_class) if weights else ():
-                for i, image in zip(members, images, strict=True):
-                    yield weights[i], self._scaled(weights[i], image, generator)
+                found = [weights[i] for i in members]
+                for target, image in zip(found, self._scaled(images, found).unbind(), strict=True):
+                    yield target, self._cropped(image, target.shape, generator)
 
-    def _scaled(self, target: Target, source: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def _scaled(self, images: Tensor, targets: Sequence[Target]) -> Tensor:
+        """Decoded images ``(n, ...)``, times the factors of their targets."""
+        images = images.contiguous()
+        if not self.weight_norm:
+            return images
+        factors = torch.tensor([fan_scale(target.shape) for target in targets], dtype=images.dtype)
+        factors = factors.view(-1, *[1] * (images.ndim - 1)).to(images.device)
+        return images * factors if images.requires_grad else images.mul_(factors)
+
+    def _cropped(self, image: Tensor, shape: Shape, generator: torch.Generator | None) -> Tensor:
         first_pixel = self.dialect == "ppuda"
-        block = crop(source, target.shape, centred=self.centred, generator=generator, first_pixel=first_pixel)
-        return block * fan_scale(target.shape) if self.weight_norm else block
+        return crop(image, shape, centred=self.centred, generator=generator, first_pixel=first_pixel)
 
     def _vectors(self, targets: list[Target], x: Tensor) -> Iterator[tuple[Target, Tensor]]:
         nodes = list(dict.fromkeys(target.node for target in targets))

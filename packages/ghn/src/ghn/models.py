@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -39,7 +39,7 @@ def resolve_model(
         meta: Build on the meta device where the model's code can do that: no memory, no initialisation.
 
     Raises:
-        ValueError: The name is unknown, or what it names gives no module.
+        ValueError: The name is unknown, or what it names fails or gives no module.
         ImportError: timm, or the module of a callable, is not installed.
     """
     classes = {} if num_classes is None else {"num_classes": num_classes}
@@ -57,20 +57,20 @@ def resolve_model(
         make = _imported(name)
     else:
         make = _from_torchvision(name, classes)
-    model = _build(make, meta)
+    model = _build(make, name, meta)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name!r} gives a {type(model).__name__}, not a module")
     return model
 
 
-def _build(make: Callable[[], Any], meta: bool) -> Any:  # noqa: ANN401
-    with torch.device("meta") if meta else nullcontext():
-        try:
+def _build(make: Callable[[], Any], name: str, meta: bool) -> Any:  # noqa: ANN401
+    if meta:
+        with suppress(Exception), torch.device("meta"):  # its initialisation may look at values
             return make()
-        except (NotImplementedError, RuntimeError):  # its initialisation looks at values
-            if not meta:
-                raise
-    return make()
+    try:
+        return make()
+    except Exception as error:  # whatever the user's code does
+        raise ValueError(f"{name!r} cannot be built: {type(error).__name__}: {error}") from error
 
 
 def _from_torchvision(name: str, options: dict[str, Any]) -> Callable[[], Any]:
@@ -108,15 +108,5 @@ def _imported(name: str) -> Callable[[], Any]:
     made = getattr(found, attribute, None)
     if not callable(made):
         raise ValueError(f"{name!r}: module {path} has no callable {attribute!r}")
-
-    def make() -> Any:  # noqa: ANN401
-        try:
-            return made()
-        except (NotImplementedError, RuntimeError):  # perhaps because of the meta device
-            raise
-        except Exception as error:
-            raise ValueError(
-                f"{name!r} fails when called without arguments: {type(error).__name__}: {error}"
-            ) from error
-
-    return make
+    found_callable: Callable[[], Any] = made
+    return found_callable

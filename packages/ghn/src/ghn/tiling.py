@@ -47,6 +47,8 @@ def crop(
         A tensor of as many axes as ``shape``, along none larger.
     """
     rank = len(shape)
+    if source.shape == shape:
+        return source
     if rank == source.ndim and (rank == 1 or source.shape[2:] == shape[2:]):  # by far most
         return source[: shape[0]] if rank == 1 else source[: shape[0], : shape[1]]
     if source.ndim == 1:
@@ -80,23 +82,19 @@ def tile_into(out: Tensor, block: Tensor) -> None:
         out: Tensor with as many axes as ``block``, along none smaller; of any dtype and device.
         block: What is repeated.
     """
-    if out.ndim == 1 and out.shape[0] % block.shape[0] == 0:  # the same at once: there are many of these
-        out.unflatten(0, (-1, block.shape[0])).copy_(block)
-        return
-    out[tuple(map(slice, block.shape))].copy_(block)
-    for axis, (size, total) in reversed(list(enumerate(zip(block.shape, out.shape, strict=True)))):
-        if size == total:
-            continue
-        part = out[tuple(map(slice, block.shape[:axis]))]
-        first, times = part.narrow(axis, 0, size), total // size
-        if times > 1:
-            part.narrow(axis, size, (times - 1) * size).unflatten(axis, (-1, size)).copy_(first.unsqueeze(axis))
-        if rest := total - times * size:
-            part.narrow(axis, times * size, rest).copy_(first.narrow(axis, 0, rest))
+    for axis, (total, size) in enumerate(zip(out.shape, block.shape, strict=True)):
+        if rest := total % size:
+            tile_into(out.narrow(axis, 0, total - rest), block)
+            tile_into(out.narrow(axis, total - rest, rest), block.narrow(axis, 0, rest))
+            return
+    parted = [n for total, size in zip(out.shape, block.shape, strict=True) for n in (total // size, size)]
+    out.view(parted).copy_(block.reshape([n for size in block.shape for n in (1, size)]))
 
 
 def tiled(block: Tensor, shape: Shape) -> Tensor:
     """What :func:`tile_into` writes, as a new tensor through which gradients reach the block."""
+    if block.shape == shape:
+        return block.clone()
     times = [-(-total // size) for total, size in zip(shape, block.shape, strict=True)]
     parted = block.reshape([n for size in block.shape for n in (1, size)])
     whole = parted.expand([n for pair in zip(times, block.shape, strict=True) for n in pair])

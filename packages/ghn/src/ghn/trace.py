@@ -267,6 +267,7 @@ def _in_words(value: Any) -> str:  # noqa: ANN401
 
 
 def _failure(model: nn.Module, call: Call, problem: Exception | None) -> str:
-    remedy = "set its expected_input_sz or give example_inputs" if call.guessed else "give other example_inputs"
+    other = "example_inputs (--input)"
+    remedy = f"set its expected_input_sz or give {other}" if call.guessed else f"give other {other}"
     origin = "the guessed input" if call.guessed else "example_inputs"
     return f"{type(model).__name__} fails on {origin} ({call}): {problem}; {remedy}"

@@ -78,6 +78,7 @@ def train(
     *,
     resume: bool = False,
     data_dir: Path | None = None,
+    download: bool = False,
     limit_seconds: float | None = None,
     quiet: bool = False,
 ) -> TrainReport:
@@ -91,6 +92,7 @@ def train(
         folder: Must be new unless ``resume``.
         resume: Go on from the state in the folder (start, if there is none).
         data_dir: Folder with the files of CIFAR-10.
+        download: Let torchvision fetch them into ``data_dir`` if they are missing.
         limit_seconds: Stop after this time.
         quiet: No progress bar.
 
@@ -99,7 +101,9 @@ def train(
         FileNotFoundError: No data, or nothing to resume.
         ValueError: The configuration differs from that of the run, or the training has diverged.
     """
-    run = Training(config, data_dir)
+    if limit_seconds is not None and not limit_seconds >= 0:
+        raise ValueError(f"limit_seconds must not be negative, got {limit_seconds}")
+    run = Training(config, data_dir, download)
     _open_folder(folder, config, resume)
     if resume and (folder / STATE).exists():
         run.load(folder / STATE)
@@ -110,9 +114,11 @@ def train(
     return report
 
 
-def forecast(config: TrainConfig, *, data_dir: Path | None = None, timed_steps: int = 5) -> Forecast:
-    """Time a few steps without writing anything."""
-    run = Training(config, data_dir)
+def forecast(
+    config: TrainConfig, *, data_dir: Path | None = None, download: bool = False, timed_steps: int = 5
+) -> Forecast:
+    """Time a few steps without writing anything (but the data, if ``download``)."""
+    run = Training(config, data_dir, download)
     run.advance()  # what happens only once
     began = time.monotonic()
     for _ in range(timed_steps):
@@ -125,10 +131,10 @@ def forecast(config: TrainConfig, *, data_dir: Path | None = None, timed_steps: 
 class Training:
     """State of one training: hypernetwork, optimizer, step counter. Everything else follows from the step."""
 
-    def __init__(self, config: TrainConfig, data_dir: Path | None = None) -> None:
+    def __init__(self, config: TrainConfig, data_dir: Path | None = None, download: bool = False) -> None:
         config.check()
         self.config, self.device = config, choose_device(config.device)
-        part = load_images(config.data, data_dir).train
+        part = load_images(config.data, data_dir, download=download).train
         if len(part.labels) < config.batch_size:
             raise ValueError(f"batch_size is {config.batch_size}, there are {len(part.labels)} training images")
         self.data = Part(part.images.to(self.device), part.labels.to(self.device))
@@ -300,6 +306,8 @@ def _generator(*numbers: int) -> torch.Generator:
 def _open_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
     """Create the run's folder with its ``config.yaml``, or check that a resumed one has the same."""
     stored = folder / CONFIG
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: give another folder as --out")
     if not resume and folder.exists() and visible_files(folder, ""):
         raise FileExistsError(f"{folder} already holds a run; use --resume to go on, or another --out")
     if resume and not stored.exists():

@@ -72,6 +72,7 @@ def predict_to(
         OSError: It cannot be written, or the disk is full; what is there before stays.
     """
     path = Path(path)
+    check_output(path)
     is_file = path.suffix == ".safetensors"
     graphs = ghn.graphs_of([model], graph)
     targets, shapes = ghn.plan([model], graphs, predict_class_layers)
@@ -97,6 +98,24 @@ def predict_to(
         write_json(path / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     kept = [name for name, _ in model.named_parameters() if name in rest]
     return Written(path, len(shards), sum(math.prod(target.shape) for target in targets), size, tuple(kept))
+
+
+def check_output(path: Path) -> None:
+    """Refuse a path to which no weights can be written.
+
+    Raises:
+        ValueError: It has the suffix of another format.
+        OSError: Its folder does not exist, or there is a file where a folder should be, or the reverse.
+    """
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.absolute().parent}; create it first")
+    remedy = "give a file *.safetensors, which is replaced if it exists, or a folder"
+    if path.suffix == ".safetensors" and path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}, which is a folder: {remedy} without this suffix")
+    if path.suffix != ".safetensors" and path.exists() and not path.is_dir():
+        raise FileExistsError(f"cannot write to {path}, which exists and is no folder: {remedy}")
+    if path.suffix[1:].isalpha() and path.suffix != ".safetensors" and not path.is_dir():
+        raise ValueError(f"cannot write {path}: {remedy}")
 
 
 def _write(
