@@ -200,7 +200,7 @@ def test_missing_data_say_how_to_get_them(tmp_path):
     for folder, where in ((None, "no data folder given"), (tmp_path, f"not found in {tmp_path}")):
         with pytest.raises(FileNotFoundError, match=rf"CIFAR-10: {where}.*--data-dir.*--download"):
             load_dataset("cifar10", folder)
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*--data-dir.*--download"):
         load_dataset("mnist", tmp_path / "absent")
     with pytest.raises(ValueError, match="unknown data set 'svhn'"):
         load_dataset("svhn", tmp_path)
@@ -211,7 +211,8 @@ def test_download_fills_the_folder_through_torchvision(tmp_path, monkeypatch):
 
     data = arrays()
     monkeypatch.setattr(torchvision.datasets, "MNIST", lambda root, download: write_idx(root / "MNIST/raw", data))
-    expect_mnist(load_dataset("mnist", tmp_path, download=True), data)
+    for folder in (tmp_path, tmp_path / "new"):
+        expect_mnist(load_dataset("mnist", folder, download=True), data)
 
     def offline(root, download):
         raise RuntimeError("Error downloading")

@@ -103,6 +103,8 @@ def _load(name: str, data_dir: Path | None, download: bool) -> Splits:
         raw = _find(source, data_dir)
     if raw is None:
         where = "no data folder given" if data_dir is None else f"not found in {data_dir}"
+        if data_dir is not None and not data_dir.is_dir():
+            where = f"there is no folder {data_dir}"
         raise FileNotFoundError(
             f"{source.title}: {where}; give the folder that holds its original files or .npz with --data-dir, "
             f"or let torchvision fetch them there with --download"
@@ -146,8 +148,6 @@ def _find(source: _Source, data_dir: Path | None) -> _Raw | None:
     """Read the first form of the data set that the folder holds; None if there is none."""
     if data_dir is None:
         return None
-    if not data_dir.is_dir():
-        raise FileNotFoundError(f"{source.title}: there is no folder {data_dir}")
     for folder in (data_dir, *(data_dir / name for name in source.folders)):
         for reader in source.readers:
             raw = reader(folder)
