@@ -10,20 +10,21 @@ gradient along g is ``<D, y> / s`` (or 0), and only F11 remains to be summed ove
 
 import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pilimit.atoms import Atoms, AtomsParameter
+from pilimit.atoms import Atoms, AtomsParameter, Rows
 from pilimit.expectations import TWO_PI, wide
 
 _ELEMENTS = {"cpu": 2**16}
 """Entries of a temporary: a quarter of the cache that is close to a CPU core; on a GPU, launches decide."""
-_ROWS = {"cpu": 3 * 2**18}
-"""Entries of the rows of B that are worked on at once; the products of both ends of a layer then find them in a cache."""
 _FEWEST = 1024
+_PANEL = 2**18
+"""Entries of a panel on a CPU: in float32, the cache that is close to a core."""
 
 
 class Propagate(torch.autograd.Function):
@@ -85,14 +86,38 @@ def directions(g: Tensor) -> tuple[Tensor, Tensor]:
 
 def chunk(atoms: Atoms, rows: int) -> int:
     """Atoms that are worked on at once for a batch of this size."""
-    kind = atoms.device.type
-    longest = min(_ELEMENTS.get(kind, 2**22) // max(rows, 1), _ROWS.get(kind, 2**30) // atoms.r)
+    longest = _ELEMENTS.get(atoms.device.type, 2**22) // max(rows, 1)
     return min(atoms.block_size, max(_FEWEST, longest))
 
 
-def correlations(u: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Products of unit rows (b, r) and (m, r), cut to [-1, 1]."""
-    return torch.mm(u, b.t(), out=out).clamp_(-1, 1)
+def panels(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Pieces of rows of A or B (n, r), and where they are: on a CPU in float32 or better, and in its cache.
+
+    Products with few rows read the large factor in an order that memory is slow for, so it is read once before, from
+    one end to the other.
+    """
+    if rows.device.type != "cpu":
+        yield slice(len(rows)), _widened(rows)
+        return
+    length = 1 << (_PANEL // rows.shape[1]).bit_length() - 1
+    for start in range(0, len(rows), length):
+        where = slice(start, start + length)
+        panel = _widened(rows[where])
+        panel.sum()
+        yield where, panel
+
+
+def products(x: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    """``x rows^T``, (b, n), of x (b, r) and rows (n, r)."""
+    for where, panel in panels(rows):
+        torch.mm(x, panel.t(), out=out[:, where])
+    return out
+
+
+def add_products(total: Tensor, weights: Tensor, rows: Tensor) -> None:
+    """Add ``weights rows``, (b, r), of weights (b, n) and rows (n, r)."""
+    for where, panel in panels(rows):
+        total.addmm_(weights[:, where], panel)
 
 
 class Angles:
@@ -145,38 +170,38 @@ _scratch = _Scratch()
 
 def _sum_forward(atoms: Atoms, u: Tensor, angles: Angles) -> Tensor:
     """The sum of 2 pi F00 c A, (b, r_out); fills ``angles``."""
-    rows, length = len(u), chunk(atoms, len(u))
-    y = u.new_zeros(rows, atoms.r_out)
-    room = _scratch.take(4 * rows * length, u).view(4, -1)
-    for i, (a, b, amult) in enumerate(atoms.pieces(length)):
-        kept = angles[i]
-        buffers = (*room[:3], room[3] if kept is None else kept)
-        q, f, t, angle = (buffer[: rows * len(b)].view(rows, len(b)) for buffer in buffers)
-        correlations(u, _widened(b), q)
-        torch.neg(q, out=angle)
-        torch.add(angle, 1, out=f)
-        torch.add(q, 1, out=t)
-        angle.acos_()
-        f.mul_(t).sqrt_().addcmul_(q, angle).mul_(amult)  # (1 - q)(1 + q): 1 - q * q would lose half of the digits
-        y.addmm_(f, _widened(a))
+    y = u.new_zeros(len(u), atoms.r_out)
+    opposite, one = -u, u.new_ones(())
+    for (a, b, amult), (q, f, angle) in _chunks(atoms, u, angles):
+        products(opposite, b, q).clamp_(-1, 1)
+        torch.add(q, 1, out=f)
+        torch.sub(one, q, out=angle)
+        f.mul_(angle).sqrt_()  # (1 + q)(1 - q): 1 - q * q would lose half of the digits
+        torch.acos(q, out=angle)
+        f.addcmul_(q, angle, value=-1).mul_(amult)
+        add_products(y, f, a)
     return y
 
 
 def _sum_backward(atoms: Atoms, u: Tensor, d: Tensor, angles: Angles) -> Tensor:
     """The sum of 2 pi F11 c <d, A> B, (b, r)."""
-    rows, length = len(u), chunk(atoms, len(u))
     x = torch.zeros_like(u)
-    room = _scratch.take(4 * rows * length, u).view(4, -1)
-    for i, (a, b, amult) in enumerate(atoms.pieces(length)):
-        kept, b_wide = angles[i], _widened(b)
-        w, angle = (
-            buffer[: rows * len(b)].view(rows, len(b)) for buffer in (room[0], room[1] if kept is None else kept)
-        )
-        if kept is None:
-            correlations(u, b_wide, angle).neg_().acos_()
-        torch.mm(d, _widened(a).t(), out=w).mul_(amult).mul_(angle)
-        x.addmm_(w, b_wide)
+    for i, ((a, b, amult), (w, _, angle)) in enumerate(_chunks(atoms, u, angles)):
+        if angles[i] is None:
+            products(-u, b, angle).clamp_(-1, 1).acos_()
+        products(d, a, w).mul_(amult).mul_(angle)
+        add_products(x, w, b)
     return x
+
+
+def _chunks(atoms: Atoms, u: Tensor, angles: Angles) -> Iterator[tuple[Rows, list[Tensor]]]:
+    """Chunks of atoms, each with room for three temporaries (b, n), the last of which holds its angles if there are."""
+    rows, length = len(u), chunk(atoms, len(u))
+    room = _scratch.take(3 * rows * length, u).view(3, -1)
+    for i, chunk_rows in enumerate(atoms.pieces(length)):
+        kept, n = angles[i], len(chunk_rows[0])
+        buffers = (room[0], room[1], room[2] if kept is None else kept)
+        yield chunk_rows, [buffer[: rows * n].view(rows, n) for buffer in buffers]
 
 
 _warned = False
