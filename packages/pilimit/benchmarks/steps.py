@@ -4,7 +4,7 @@
     python packages/pilimit/benchmarks/steps.py --device cuda --dtype float32 --ranks 400 --atoms 1000000
 
 The implementations take turns within each round, so noise of the machine meets all of them; a ratio is the median over
-the rounds of the ratios within a round. On a GPU, ``bandwidth`` is that of a sum over A and B, and ``over_floor`` the
+the rounds of the ratios within a round. Small layers make several steps in a turn, as a training does. On a GPU, ``bandwidth`` is that of a sum over A and B, and ``over_floor`` the
 time of a step over that of reading both twice.
 """
 
@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 LR, DECAY = 1e-6, 1e-5
+WARM_UP = 2
+"""Rounds that do not count."""
 
 
 def steps_of(
@@ -51,18 +53,24 @@ def steps_of(
 
         return step
 
-    preallocated = plain(Preallocated(a, b, amult, batch * (rounds + 5)))
+    preallocated = plain(Preallocated(a, b, amult, batch * steps_in_turn(atoms) * (rounds + WARM_UP)))
     return {"ours": ours, "preallocated": preallocated, "concatenating": plain(Concatenating(a, b, amult))}
 
 
-def seconds(step: Callable[[], None], device: str) -> float:
+def steps_in_turn(atoms: int) -> int:
+    """So many that code and data of the last turn, of another implementation, do not count."""
+    return min(8, max(1, 100_000 // atoms))
+
+
+def seconds(step: Callable[[], object], device: str, calls: int = 1) -> float:
     """Of one call: CPU seconds of this process, or on a GPU those of the clock."""
     clock = time.process_time if device == "cpu" else time.perf_counter
     start = clock()
-    step()
+    for _ in range(calls):
+        step()
     if device == "cuda":
         torch.cuda.synchronize()
-    return clock() - start
+    return (clock() - start) / calls
 
 
 def measure(r: int, atoms: int, options: argparse.Namespace) -> dict[str, float]:
@@ -71,10 +79,10 @@ def measure(r: int, atoms: int, options: argparse.Namespace) -> dict[str, float]
     if atoms > options.concatenate_at_most:
         del steps["concatenating"]
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(options.rounds + 2):
+    for _ in range(options.rounds + WARM_UP):
         for name, step in steps.items():
-            times[name].append(seconds(step, options.device))
-    times = {name: values[2:] for name, values in times.items()}  # without warm-up
+            times[name].append(seconds(step, options.device, steps_in_turn(atoms)))
+    times = {name: values[WARM_UP:] for name, values in times.items()}
     result = {"r": r, "atoms": atoms}
     for name, values in times.items():
         result[f"{name}_ms"] = round(1e3 * statistics.median(values), 3)
