@@ -23,7 +23,7 @@ from pilimit.expectations import TWO_PI, wide
 _ELEMENTS = {"cpu": 2**17}
 """Entries of a temporary: in float32, half of the cache that is close to a CPU core; on a GPU, launches decide."""
 _FEWEST = 1024
-_PANEL = 2**19
+PANEL = 2**19
 """Entries of a panel on a CPU. Measured: smaller ones cost calls, larger ones have left the cache when they are used."""
 _ONE = torch.ones(())
 
@@ -97,19 +97,26 @@ def chunk(atoms: Atoms, rows: int) -> int:
 
 
 def panels(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Pieces of rows of A or B (n, r), and where they are: on a CPU in float32 or better, and in its cache.
+    """Pieces of rows of A or B (n, r), and where they are: on a CPU in its cache, in float32 or better.
 
     Products with few rows read the large factor in an order that memory is slow for, so it is read once before, from
-    one end to the other.
+    one end to the other. A piece is valid until the next.
     """
+    narrow = rows.dtype != wide(rows.dtype)
     if rows.device.type != "cpu":
-        yield slice(len(rows)), _widened(rows)
+        yield slice(len(rows)), rows.to(wide(rows.dtype))
         return
-    length = 1 << (_PANEL // rows.shape[1]).bit_length() - 1
+    length, r = 1 << max(PANEL // rows.shape[1], 1).bit_length() - 1, rows.shape[1]
+    room = _widened.take(length * r, wide(rows.dtype), rows.device) if narrow else rows
+    if narrow:
+        _warn_once(rows.dtype)
     for start in range(0, len(rows), length):
         where = slice(start, start + length)
-        panel = _widened(rows[where])
-        panel.sum()
+        panel = rows[where]
+        if narrow:
+            panel = room[: panel.numel()].view(-1, r).copy_(panel)
+        else:
+            panel.sum()
         yield where, panel
 
 
@@ -159,19 +166,20 @@ class Angles:
 
 
 class _Scratch(threading.local):
-    """Room for temporaries of one chunk, one per thread."""
+    """Room for temporaries, one per thread."""
 
     room: Tensor | None = None
 
-    def take(self, count: int, like: Tensor) -> Tensor:
-        """Rows of ``len(like)`` times the chunk's length."""
+    def take(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Flat, with undefined values; valid until the next call."""
         room = self.room
-        if room is None or room.numel() < count or room.dtype != like.dtype or room.device != like.device:
-            self.room = room = like.new_empty(count)
+        if room is None or room.numel() < count or room.dtype != dtype or room.device != device:
+            self.room = room = torch.empty(count, dtype=dtype, device=device)
         return room[:count]
 
 
 _scratch = _Scratch()
+_widened = _Scratch()
 
 
 def _sum_forward(atoms: Atoms, u: Tensor, angles: Angles) -> Tensor:
@@ -203,7 +211,7 @@ def _sum_backward(atoms: Atoms, u: Tensor, d: Tensor, angles: Angles) -> Tensor:
 def _chunks(atoms: Atoms, u: Tensor, angles: Angles) -> Iterator[tuple[Rows, list[Tensor]]]:
     """Chunks of atoms, each with room for three temporaries (b, n), the last of which holds its angles if there are."""
     rows, length = len(u), chunk(atoms, len(u))
-    room = _scratch.take(3 * rows * length, u).view(3, -1)
+    room = _scratch.take(3 * rows * length, u.dtype, u.device).view(3, -1)
     for i, chunk_rows in enumerate(atoms.pieces(length)):
         kept, n = angles[i], len(chunk_rows[0])
         buffers = (room[0], room[1], room[2] if kept is None else kept)
@@ -213,13 +221,8 @@ def _chunks(atoms: Atoms, u: Tensor, angles: Angles) -> Iterator[tuple[Rows, lis
 _warned = False
 
 
-def _widened(rows: Tensor) -> Tensor:
+def _warn_once(dtype: torch.dtype) -> None:
     global _warned
-    if rows.dtype == wide(rows.dtype):
-        return rows
-    if rows.device.type == "cpu" and not _warned:
+    if not _warned:
         _warned = True
-        warnings.warn(
-            f"{rows.dtype} on a CPU is converted chunk by chunk, which is slow: float32 is faster", stacklevel=2
-        )
-    return rows.to(wide(rows.dtype))
+        warnings.warn(f"{dtype} on a CPU is converted chunk by chunk, which is slow: float32 is faster", stacklevel=2)
