@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 from pilimit import FinMLP, InfMLP, load_net
+from pilimit.building import open_net
 from pilimit.cli import main
 from pilimit.config import OBSOLETE, PRESETS, TrainConfig, expand_presets, milestones
+from pilimit.data import augment, choose_data
+from pilimit.evaluation import evaluate, plain_loss
 from pilimit.forecast import bytes_of
-from pilimit.training import Training, augment, choose_data, evaluate, open_net, plain_loss, train
+from pilimit.training import Training, train
 from torch.nn import functional as F
 
 SMALL = ("--train-subset-size", "64", "--test-subset-size", "50", "--r", "8", "--batch-size", "16", "--lr", "0.5")
