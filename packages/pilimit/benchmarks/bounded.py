@@ -12,8 +12,10 @@ import time
 
 import torch
 from pilimit.config import TrainConfig
+from pilimit.data import choose_data
+from pilimit.evaluation import evaluate
 from pilimit.forecast import atoms_bytes
-from pilimit.training import Training, choose_data, evaluate
+from pilimit.training import Training
 from tqdm import tqdm
 
 

@@ -1,11 +1,11 @@
 """CPU seconds per training step of one infinite layer (forward, backward, append) against two plain implementations.
 
     OMP_NUM_THREADS=1 python packages/pilimit/benchmarks/steps.py
-    python packages/pilimit/benchmarks/steps.py --device cuda --dtype float32 --ranks 400 --atoms 1000000
+    python packages/pilimit/benchmarks/steps.py --device cuda --dtype float16 --ranks 400 --atoms 1000000
 
 The implementations take turns within each round, so noise of the machine meets all of them; a ratio is the median over
-the rounds of the ratios within a round. On a GPU, ``bandwidth`` is that of a sum over A and B, and ``over_floor`` the
-time of a step over that of reading both twice.
+the rounds of the ratios within a round. Small layers make several steps in a turn, as a training does. ``read_gb_s`` is
+the bandwidth of a sum over A and B, and ``over_floor`` the time of a step over that of reading both twice.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 LR, DECAY = 1e-6, 1e-5
+WARM_UP = 2
+"""Rounds that do not count."""
 
 
 def steps_of(
@@ -40,7 +42,8 @@ def steps_of(
     def ours() -> None:
         optimizer.zero_grad()
         leaf.grad = None
-        layer(leaf).backward(d)
+        y = layer(leaf)
+        y.backward(d.to(y.dtype))
         optimizer.step()
 
     def plain(reference: Concatenating | Preallocated) -> Callable[[], None]:
@@ -51,18 +54,24 @@ def steps_of(
 
         return step
 
-    preallocated = plain(Preallocated(a, b, amult, batch * (rounds + 5)))
+    preallocated = plain(Preallocated(a, b, amult, batch * steps_in_turn(atoms) * (rounds + WARM_UP)))
     return {"ours": ours, "preallocated": preallocated, "concatenating": plain(Concatenating(a, b, amult))}
 
 
-def seconds(step: Callable[[], None], device: str) -> float:
+def steps_in_turn(atoms: int) -> int:
+    """So many that code and data of the last turn, of another implementation, do not count."""
+    return min(8, max(1, 100_000 // atoms))
+
+
+def seconds(step: Callable[[], object], device: str, calls: int = 1) -> float:
     """Of one call: CPU seconds of this process, or on a GPU those of the clock."""
     clock = time.process_time if device == "cpu" else time.perf_counter
     start = clock()
-    step()
+    for _ in range(calls):
+        step()
     if device == "cuda":
         torch.cuda.synchronize()
-    return clock() - start
+    return (clock() - start) / calls
 
 
 def measure(r: int, atoms: int, options: argparse.Namespace) -> dict[str, float]:
@@ -71,21 +80,20 @@ def measure(r: int, atoms: int, options: argparse.Namespace) -> dict[str, float]
     if atoms > options.concatenate_at_most:
         del steps["concatenating"]
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(options.rounds + 2):
+    for _ in range(options.rounds + WARM_UP):
         for name, step in steps.items():
-            times[name].append(seconds(step, options.device))
-    times = {name: values[2:] for name, values in times.items()}  # without warm-up
+            times[name].append(seconds(step, options.device, steps_in_turn(atoms)))
+    times = {name: values[WARM_UP:] for name, values in times.items()}
     result = {"r": r, "atoms": atoms}
     for name, values in times.items():
         result[f"{name}_ms"] = round(1e3 * statistics.median(values), 3)
     for name in set(steps) - {"ours"}:
         ratios = [theirs / own for theirs, own in zip(times[name], times["ours"], strict=True)]
         result[f"{name}_over_ours"] = round(statistics.median(ratios), 3)
-    if options.device == "cuda":
-        payload = torch.randn(2 * atoms, r, device="cuda", dtype=getattr(torch, options.dtype))
-        read = min(seconds(lambda: payload.sum(), "cuda") for _ in range(10))
-        result |= {"bandwidth_gb_s": payload.nbytes / read / 1e9, "over_floor": result["ours_ms"] / (2e3 * read)}
-    return result
+    payload = torch.ones(2 * atoms, r, device=options.device, dtype=getattr(torch, options.dtype))
+    read = min(seconds(payload.sum, options.device) for _ in range(10))
+    floor = {"state_mb": payload.nbytes / 1e6, "read_gb_s": payload.nbytes / read / 1e9}
+    return result | floor | {"over_floor": result["ours_ms"] / (2e3 * read)}
 
 
 def main() -> None:
@@ -96,7 +104,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32", "float64"], default="float32")
     parser.add_argument("--concatenate-at-most", type=int, default=100_000, help="above, it is left out")
     parser.add_argument("--json", action="store_true", help="one line")
     options = parser.parse_args()

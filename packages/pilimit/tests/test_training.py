@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 from pilimit import FinMLP, InfMLP, load_net
+from pilimit.building import open_net
 from pilimit.cli import main
 from pilimit.config import OBSOLETE, PRESETS, TrainConfig, expand_presets, milestones
+from pilimit.data import augment, choose_data
+from pilimit.evaluation import evaluate, plain_loss
 from pilimit.forecast import bytes_of
-from pilimit.training import Training, augment, choose_data, evaluate, open_net, plain_loss, train
+from pilimit.training import Training, train
 from torch.nn import functional as F
 
 SMALL = ("--train-subset-size", "64", "--test-subset-size", "50", "--r", "8", "--batch-size", "16", "--lr", "0.5")
@@ -265,6 +268,12 @@ def test_obsolete_options_are_named(capsys, flag):
         (["--r", "0"], "--r must be at least 1, got 0"),
         (["--depth", "0"], "--depth must be at least 1"),
         (["--lr", "-1"], "--lr must be at least 0"),
+        (["--lr", "inf"], "--lr must be at least 0 and finite, got inf"),
+        (["--momentum", "1.5"], "--momentum must be at least 0 and below 1, got 1.5"),
+        (["--teacher-alpha", "3"], "--teacher-alpha must be between 0 and 1"),
+        (["--limit-seconds", "-1"], "--limit-seconds must be positive"),
+        (["--max-memory", "0"], "--max-memory must be positive"),
+        (["--keep-atoms", "10"], "--keep-atoms needs --max-atoms"),
         (["--cuda"], "no CUDA device"),
         (["--gaussian-init"], "is for finite nets: give --width"),
         (["--width", "8", "--max-atoms", "100"], "a finite net has no atoms"),

@@ -71,9 +71,9 @@ def _sample(config: SampleConfig) -> None:
     import torch
     from zoo_common.checkpoint import save_checkpoint
 
+    from pilimit.building import open_net
     from pilimit.finite import FinMLP
     from pilimit.infinite import InfMLP
-    from pilimit.training import open_net
 
     net = open_net(config.source)
     if not isinstance(net, InfMLP):

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pilimit.building import choose_device, open_net
 from pilimit.config import EvalConfig, KernelConfig, TrainConfig, WidthsConfig
+from pilimit.data import choose_data
 from pilimit.ensemble import draw_widths, width_study
+from pilimit.evaluation import evaluate
 from pilimit.finite import FinMLP
 from pilimit.infinite import InfMLP
 from pilimit.kernels import Kernel, cosine_kernel, feature_kernel, nngp, ntk
 from pilimit.regression import fit_kernel
-from pilimit.training import TrainReport, choose_data, choose_device, evaluate, open_net, train
+from pilimit.training import TrainReport, train
 
 
 def run_train(config: TrainConfig) -> int:

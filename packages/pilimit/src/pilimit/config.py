@@ -1,6 +1,7 @@
 """Options of a training, with the published names, and the published settings as presets."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,9 +172,13 @@ class TrainConfig:
         positive = ("batch_size", "test_batch_size", "accum_steps", "depth", "r", "epochs", "train_subset_size")
         for name in (*positive, "test_subset_size", "max_atoms", "keep_atoms", "checkpoint_steps", "cuda_batch_size"):
             self._check(name, lambda value: value >= 1, "at least 1")
-        for name in ("lr", "momentum", "wd", "gclip", "width"):
-            self._check(name, lambda value: value >= 0, "at least 0")
-        self._check("teacher_temp", lambda value: value > 0, "positive")
+        for name in ("lr", "wd", "gclip", "width"):
+            self._check(name, lambda value: 0 <= value < math.inf, "at least 0 and finite")
+        for name in ("momentum", "dampening"):
+            self._check(name, lambda value: 0 <= value < 1, "at least 0 and below 1")
+        for name in ("teacher_temp", "limit_seconds", "max_memory"):
+            self._check(name, lambda value: value > 0, "positive")
+        self._check("teacher_alpha", lambda value: 0 <= value <= 1, "between 0 and 1")
         if self.infinite:
             for name in ("gaussian_init", "no_Gproj", "tie_omegas"):
                 if getattr(self, name):
@@ -194,6 +199,8 @@ class TrainConfig:
             raise ValueError(f"{_flag(name)} must be {told}, got {value}")
 
     def _check_bound(self) -> None:
+        if self.keep_atoms is not None and self.max_atoms is None:
+            raise ValueError("--keep-atoms needs --max-atoms, which says when atoms are recompressed")
         if self.keep_atoms is not None and self.keep_atoms >= (self.max_atoms or 0):
             raise ValueError(f"--keep-atoms ({self.keep_atoms}) must be below --max-atoms ({self.max_atoms})")
         rows = self.batch_size * self.accum_steps

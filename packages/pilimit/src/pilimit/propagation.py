@@ -10,20 +10,22 @@ gradient along g is ``<D, y> / s`` (or 0), and only F11 remains to be summed ove
 
 import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pilimit.atoms import Atoms, AtomsParameter
+from pilimit.atoms import Atoms, AtomsParameter, Rows
 from pilimit.expectations import TWO_PI, wide
 
-_ELEMENTS = {"cpu": 2**16}
-"""Entries of a temporary: a quarter of the cache that is close to a CPU core; on a GPU, launches decide."""
-_ROWS = {"cpu": 3 * 2**18}
-"""Entries of the rows of B that are worked on at once; the products of both ends of a layer then find them in a cache."""
+_ELEMENTS = {"cpu": 2**17}
+"""Entries of a temporary: in float32, half of the cache that is close to a CPU core; on a GPU, launches decide."""
 _FEWEST = 1024
+PANEL = 2**19
+"""Entries of a panel on a CPU. Measured: smaller ones cost calls, larger ones have left the cache when they are used."""
+_ONE = torch.ones(())
 
 
 class Propagate(torch.autograd.Function):
@@ -40,11 +42,10 @@ class Propagate(torch.autograd.Function):
     ) -> Tensor:
         """Compute y; keep the angles of as many atoms as fit in the bytes of one block."""
         s, u = directions(g)
-        sigma = (s > 0).to(s.dtype) if layernorm else s
         keep = atoms.block_size * atoms.bytes_per_atom if recording else 0
         angles = Angles(atoms, u, keep)
         y = _sum_forward(atoms, u, angles)
-        y *= sigma * (atoms.scale / TWO_PI)
+        y *= (s.sign() if layernorm else s) * (atoms.scale / TWO_PI)
         ctx.atoms, ctx.version, ctx.layernorm = atoms, atoms.version, layernorm
         ctx.angles = angles
         ctx.save_for_backward(u, s, y)
@@ -58,17 +59,19 @@ class Propagate(torch.autograd.Function):
         if atoms.version != ctx.version:
             raise RuntimeError("the atoms have changed since this forward pass: call backward before step, load or to")
         u, s, y = ctx.saved_tensors
-        present = (s > 0).to(s.dtype)
+        present = s.sign()  # 0 for a row of zeros
         if ctx.needs_input_grad[1]:
             sigma = present if ctx.layernorm else s
             atoms.pending.append(((d * sigma).to(atoms.dtype), u.to(atoms.dtype)))
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
-        x = _sum_backward(atoms, u, d, ctx.angles) * (present * (atoms.scale / TWO_PI))
-        x -= (x * u).sum(1, keepdim=True) * u
-        inverse = present / torch.where(s > 0, s, 1.0)
-        x = x * inverse if ctx.layernorm else x + (d * y).sum(1, keepdim=True) * inverse * u
-        return x, None, None, None, None
+        inverse = present / _at_least_tiny(s)
+        x = _sum_backward(atoms, u, d, ctx.angles)
+        x *= (inverse if ctx.layernorm else present) * (atoms.scale / TWO_PI)
+        along = -(x * u).sum(1, keepdim=True)
+        if not ctx.layernorm:
+            along += (d * y).sum(1, keepdim=True) * inverse
+        return x.addcmul_(along, u), None, None, None, None
 
 
 def propagate(g: Tensor, parameter: AtomsParameter, layernorm: bool) -> Tensor:
@@ -80,19 +83,54 @@ def propagate(g: Tensor, parameter: AtomsParameter, layernorm: bool) -> Tensor:
 def directions(g: Tensor) -> tuple[Tensor, Tensor]:
     """Norms (b, 1) and unit rows (b, r) of pre-activations; a zero row has direction zero."""
     s = torch.linalg.vector_norm(g, dim=1, keepdim=True)
-    return s, g / torch.where(s > 0, s, 1.0)
+    return s, g / _at_least_tiny(s)
+
+
+def _at_least_tiny(s: Tensor) -> Tensor:
+    return s.clamp(min=torch.finfo(s.dtype).tiny)
 
 
 def chunk(atoms: Atoms, rows: int) -> int:
     """Atoms that are worked on at once for a batch of this size."""
-    kind = atoms.device.type
-    longest = min(_ELEMENTS.get(kind, 2**22) // max(rows, 1), _ROWS.get(kind, 2**30) // atoms.r)
+    longest = _ELEMENTS.get(atoms.device.type, 2**22) // max(rows, 1)
     return min(atoms.block_size, max(_FEWEST, longest))
 
 
-def correlations(u: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Products of unit rows (b, r) and (m, r), cut to [-1, 1]."""
-    return torch.mm(u, b.t(), out=out).clamp_(-1, 1)
+def panels(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Pieces of rows of A or B (n, r), and where they are: on a CPU in its cache, in float32 or better.
+
+    Products with few rows read the large factor in an order that memory is slow for, so it is read once before, from
+    one end to the other. A piece is valid until the next.
+    """
+    narrow = rows.dtype != wide(rows.dtype)
+    if rows.device.type != "cpu":
+        yield slice(len(rows)), rows.to(wide(rows.dtype))
+        return
+    length, r = 1 << max(PANEL // rows.shape[1], 1).bit_length() - 1, rows.shape[1]
+    room = _widened.take(length * r, wide(rows.dtype), rows.device) if narrow else rows
+    if narrow:
+        _warn_once(rows.dtype)
+    for start in range(0, len(rows), length):
+        where = slice(start, start + length)
+        panel = rows[where]
+        if narrow:
+            panel = room[: panel.numel()].view(-1, r).copy_(panel)
+        else:
+            panel.sum()
+        yield where, panel
+
+
+def products(x: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    """``x rows^T``, (b, n), of x (b, r) and rows (n, r)."""
+    for where, panel in panels(rows):
+        torch.mm(x, panel.t(), out=out[:, where])
+    return out
+
+
+def add_products(total: Tensor, weights: Tensor, rows: Tensor) -> None:
+    """Add ``weights rows``, (b, r), of weights (b, n) and rows (n, r)."""
+    for where, panel in panels(rows):
+        total.addmm_(weights[:, where], panel)
 
 
 class Angles:
@@ -128,67 +166,63 @@ class Angles:
 
 
 class _Scratch(threading.local):
-    """Room for temporaries of one chunk, one per thread."""
+    """Room for temporaries, one per thread."""
 
     room: Tensor | None = None
 
-    def take(self, count: int, like: Tensor) -> Tensor:
-        """Rows of ``len(like)`` times the chunk's length."""
+    def take(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Flat, with undefined values; valid until the next call."""
         room = self.room
-        if room is None or room.numel() < count or room.dtype != like.dtype or room.device != like.device:
-            self.room = room = like.new_empty(count)
+        if room is None or room.numel() < count or room.dtype != dtype or room.device != device:
+            self.room = room = torch.empty(count, dtype=dtype, device=device)
         return room[:count]
 
 
 _scratch = _Scratch()
+_widened = _Scratch()
 
 
 def _sum_forward(atoms: Atoms, u: Tensor, angles: Angles) -> Tensor:
     """The sum of 2 pi F00 c A, (b, r_out); fills ``angles``."""
-    rows, length = len(u), chunk(atoms, len(u))
-    y = u.new_zeros(rows, atoms.r_out)
-    room = _scratch.take(4 * rows * length, u).view(4, -1)
-    for i, (a, b, amult) in enumerate(atoms.pieces(length)):
-        kept = angles[i]
-        buffers = (*room[:3], room[3] if kept is None else kept)
-        q, f, t, angle = (buffer[: rows * len(b)].view(rows, len(b)) for buffer in buffers)
-        correlations(u, _widened(b), q)
-        torch.neg(q, out=angle)
-        torch.add(angle, 1, out=f)
-        torch.add(q, 1, out=t)
-        angle.acos_()
-        f.mul_(t).sqrt_().addcmul_(q, angle).mul_(amult)  # (1 - q)(1 + q): 1 - q * q would lose half of the digits
-        y.addmm_(f, _widened(a))
+    y = u.new_zeros(len(u), atoms.r_out)
+    opposite = -u
+    for (a, b, amult), (q, f, angle) in _chunks(atoms, u, angles):
+        products(opposite, b, q).clamp_(-1, 1)
+        torch.add(q, 1, out=f)
+        torch.sub(_ONE, q, out=angle)
+        f.mul_(angle).sqrt_()  # (1 + q)(1 - q): 1 - q * q would lose half of the digits
+        torch.acos(q, out=angle)
+        f.addcmul_(q, angle, value=-1).mul_(amult)
+        add_products(y, f, a)
     return y
 
 
 def _sum_backward(atoms: Atoms, u: Tensor, d: Tensor, angles: Angles) -> Tensor:
     """The sum of 2 pi F11 c <d, A> B, (b, r)."""
-    rows, length = len(u), chunk(atoms, len(u))
     x = torch.zeros_like(u)
-    room = _scratch.take(4 * rows * length, u).view(4, -1)
-    for i, (a, b, amult) in enumerate(atoms.pieces(length)):
-        kept, b_wide = angles[i], _widened(b)
-        w, angle = (
-            buffer[: rows * len(b)].view(rows, len(b)) for buffer in (room[0], room[1] if kept is None else kept)
-        )
-        if kept is None:
-            correlations(u, b_wide, angle).neg_().acos_()
-        torch.mm(d, _widened(a).t(), out=w).mul_(amult).mul_(angle)
-        x.addmm_(w, b_wide)
+    for i, ((a, b, amult), (w, _, angle)) in enumerate(_chunks(atoms, u, angles)):
+        if angles[i] is None:
+            products(-u, b, angle).clamp_(-1, 1).acos_()
+        products(d, a, w).mul_(amult).mul_(angle)
+        add_products(x, w, b)
     return x
+
+
+def _chunks(atoms: Atoms, u: Tensor, angles: Angles) -> Iterator[tuple[Rows, list[Tensor]]]:
+    """Chunks of atoms, each with room for three temporaries (b, n), the last of which holds its angles if there are."""
+    rows, length = len(u), chunk(atoms, len(u))
+    room = _scratch.take(3 * rows * length, u.dtype, u.device).view(3, -1)
+    for i, chunk_rows in enumerate(atoms.pieces(length)):
+        kept, n = angles[i], len(chunk_rows[0])
+        buffers = (room[0], room[1], room[2] if kept is None else kept)
+        yield chunk_rows, [buffer[: rows * n].view(rows, n) for buffer in buffers]
 
 
 _warned = False
 
 
-def _widened(rows: Tensor) -> Tensor:
+def _warn_once(dtype: torch.dtype) -> None:
     global _warned
-    if rows.dtype == wide(rows.dtype):
-        return rows
-    if rows.device.type == "cpu" and not _warned:
+    if not _warned:
         _warned = True
-        warnings.warn(
-            f"{rows.dtype} on a CPU is converted chunk by chunk, which is slow: float32 is faster", stacklevel=2
-        )
-    return rows.to(wide(rows.dtype))
+        warnings.warn(f"{dtype} on a CPU is converted chunk by chunk, which is slow: float32 is faster", stacklevel=2)

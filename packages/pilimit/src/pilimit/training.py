@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import math
 import time
 from collections.abc import Callable
@@ -15,34 +14,24 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 from zoo_common.checkpoint import load_training, save_training
-from zoo_common.datasets import Splits, load_dataset
-from zoo_common.files import atomic_write, read_json, visible_files, write_json
+from zoo_common.datasets import Splits
+from zoo_common.files import atomic_write, write_json
 from zoo_common.interrupts import deferred_interrupt
 
+from pilimit.building import build_net, choose_device, open_net
 from pilimit.checkpoint import load_metadata, load_net, load_optimizer, save_net
 from pilimit.config import TrainConfig, milestones
-from pilimit.finite import FinMLP, gaussian_init_
+from pilimit.data import augment, choose_data
+from pilimit.evaluation import evaluate, plain_loss
 from pilimit.forecast import Forecast, atoms_bytes, forecast
-from pilimit.infinite import InfMLP, PiMLP
+from pilimit.infinite import InfMLP
 from pilimit.optim import PiSGD, clip_grad_norm_, param_groups
 from pilimit.recompression import reduce_atoms
+from pilimit.run_folder import CONFIG, CURVES, METRICS, NET, STATE, Log, check_folder
 from pilimit.schedules import Factor, cosine, lagged, multistep
 
 HELD_OUT = 256
 """Images on which the change of the outputs by a recompression is measured."""
-CONFIG, METRICS, NET, STATE, CURVES = "config.json", "metrics.jsonl", "net", "state.safetensors", "curves.png"
-_FREE = (
-    "resume",
-    "quiet",
-    "json",
-    "limit_seconds",
-    "data_root",
-    "save_dir",
-    "preset",
-    "checkpoint_steps",
-    "max_memory",
-)
-"""Options that a resumed run may change."""
 
 
 @dataclass(frozen=True)
@@ -96,109 +85,6 @@ def train(config: TrainConfig, note: Callable[[str], None] = lambda text: None) 
         document = {"config": config.to_json(), "shape": run.shape, "torch": torch.__version__}
         write_json(folder / CONFIG, document)
     return run.loop(note)
-
-
-def choose_device(config: TrainConfig) -> torch.device:
-    """Where to compute.
-
-    Raises:
-        ValueError: A GPU is asked for and there is none.
-    """
-    if config.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda: no CUDA device is available here; leave it out")
-    return torch.device("cuda" if config.cuda else "cpu")
-
-
-def choose_data(config: TrainConfig) -> Splits:
-    """The data set, cut to the subsets.
-
-    Raises:
-        FileNotFoundError: It is not in the folder.
-        ValueError: There are fewer images than asked for.
-    """
-    try:
-        splits = load_dataset(config.dataset.replace("-", "_"), config.data_root)
-    except FileNotFoundError as error:
-        problem = str(error).partition(";")[0]
-        raise FileNotFoundError(f"{problem}; name the folder that holds its files with --data-root") from None
-    train, test = splits.train, splits.test
-    parts = []
-    for part, size, name in ((train, config.train_subset_size, "train"), (test, config.test_subset_size, "test")):
-        if size is not None and size > len(part.labels):
-            raise ValueError(f"--{name}-subset-size {size}: there are {len(part.labels)} images")
-        parts.append(type(part)(part.images[:size], part.labels[:size]))
-    return Splits(parts[0], splits.validation, parts[1])
-
-
-def build_net(config: TrainConfig, d_in: int, d_out: int, device: torch.device) -> PiMLP:
-    """The net of a configuration at its start."""
-    dtype_name = "float32" if config.single else config.dtype
-    if dtype_name == "auto":
-        dtype_name = "float16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, dtype_name)
-    generator = torch.Generator().manual_seed(config.seed)
-    alphas = (config.first_layer_alpha, config.last_layer_alpha, config.bias_alpha, config.last_bias_alpha)
-    if config.model_path is not None:
-        limit = load_net(config.model_path).to(dtype)
-        if (limit.d_in, limit.d_out) != (d_in, d_out):
-            raise ValueError(
-                f"{config.model_path} maps {limit.d_in} to {limit.d_out} values, the data {d_in} to {d_out}"
-            )
-    elif config.infinite:
-        limit = InfMLP(
-            d_in, d_out, config.r, config.depth - 1, *alphas, config.layernorm, dtype=dtype, generator=generator
-        )
-    if config.infinite:
-        return limit.to(device)
-    options: dict[str, Any] = {"project": not config.no_Gproj, "generator": generator}
-    rank = config.r if config.model_path is None else limit.r
-    if config.tie_omegas:
-        omega = torch.randn(int(config.width or 0), rank, generator=generator)
-        options["omegas"] = [omega] * (config.depth if config.model_path is None else limit.depth)
-    if config.model_path is not None:
-        return FinMLP.sample(limit, int(config.width or 0), **options).to(device)
-    net = FinMLP(
-        d_in, d_out, rank, int(config.width or 0), config.depth - 1, *alphas, config.layernorm, dtype=dtype, **options
-    )
-    if config.gaussian_init:
-        gaussian_init_(net, generator)
-    return net.to(device)
-
-
-def evaluate(
-    net: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, config: TrainConfig
-) -> tuple[float, float]:
-    """Mean loss and accuracy."""
-    loss, correct = 0.0, 0
-    with torch.no_grad():
-        size = config.test_batch_size
-        for x, y in zip(images.split(size), labels.split(size), strict=True):
-            output = net(x)
-            loss += float(plain_loss(output, y, config.loss)) * len(y)
-            correct += int((output.argmax(1) == y).sum())
-    return loss / len(labels), correct / len(labels)
-
-
-def plain_loss(output: Tensor, labels: Tensor, kind: str) -> Tensor:
-    """Mean cross-entropy, or mean square distance from one-hot minus 0.1."""
-    output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
-    if kind == "xent":
-        return F.cross_entropy(output, labels)
-    return F.mse_loss(output, F.one_hot(labels, output.shape[1]).to(output) - 0.1)
-
-
-def open_net(path: Path, device: torch.device | str = "cpu") -> PiMLP:
-    """A net of a run's folder (finite or infinite), a folder of atoms, or a published file."""
-    if not (path / CONFIG).is_file():
-        return load_net(path).to(device)
-    if (path / NET).is_dir():
-        return load_net(path / NET).to(device)
-    config = TrainConfig.from_json(read_json(path / CONFIG)["config"])
-    d_in, d_out = read_json(path / CONFIG)["shape"]
-    net = build_net(config, d_in, d_out, torch.device(device))
-    optimizer = PiSGD(param_groups(net), 0.0)
-    load_training(path / STATE, modules={"net": net}, optimizers={"sgd": optimizer})
-    return net
 
 
 class Training:
@@ -456,62 +342,8 @@ class Training:
         )  # fmt: skip
 
 
-def augment(x: Tensor, background: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip half of the images (b, c, h, w), then crop each at random after padding by 4 with the background (c,)."""
-    b, c, h, w = x.shape
-    flip = torch.rand(b, generator=generator) < 0.5
-    top, left = (torch.randint(9, (b,), generator=generator).to(x.device) for _ in range(2))
-    x = torch.where(flip.to(x.device)[:, None, None, None], x.flip(3), x)
-    padded = background.view(1, c, 1, 1).expand(b, c, h + 8, w + 8).clone()
-    padded[:, :, 4 : 4 + h, 4 : 4 + w] = x
-    rows, columns = (start[:, None] + torch.arange(n, device=x.device) for start, n in ((top, h), (left, w)))
-    return padded[torch.arange(b, device=x.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(
-        0, 3, 1, 2
-    )
-
-
 def _generator(*numbers: int) -> torch.Generator:
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number + 1) % 2**62
     return torch.Generator().manual_seed(seed)
-
-
-class Log:
-    """JSON lines; those that a killed session wrote after its last saved state are dropped."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.path, self.lines = path, []
-        if path.exists():
-            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            self.lines = [line for line in map(json.loads, whole) if line["step"] <= step]
-            with atomic_write(path) as temporary:
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Append a line."""
-        self.lines.append(line)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def check_folder(config: TrainConfig, folder: Path) -> None:
-    """Find out whether a run can begin in a folder, or go on with the same configuration.
-
-    Raises:
-        FileExistsError: It holds a run and ``resume`` is not set.
-        FileNotFoundError: There is nothing to resume.
-        ValueError: Its configuration differs.
-    """
-    stored = folder / CONFIG
-    if not config.resume:
-        if folder.exists() and (not folder.is_dir() or visible_files(folder, "")):
-            raise FileExistsError(f"{folder} is not empty; use --resume to go on with a run, or another --save-dir")
-        return
-    if not stored.is_file():
-        raise FileNotFoundError(f"nothing to resume in {folder}; start the run without --resume")
-    old = read_json(stored)["config"]
-    changed = [name for name, value in config.to_json().items() if name not in _FREE and old.get(name) != value]
-    if changed:
-        differences = ", ".join(f"--{name.replace('_', '-')} ({old.get(name)} there)" for name in changed)
-        raise ValueError(f"{stored} differs from the options given: {differences}; use the same")
