@@ -77,7 +77,13 @@ with joined(torch.device("cpu")) as (rank, world, device):
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(workshop, tmp_path):
     (tmp_path / "program.py").write_text(DISTRIBUTED)
-    common = [f"prepared={workshop}/prepared.safetensors", *SIZES, *TRAINING, "training.gamma=0.5", "optim.optimizer=sgd"]
+    common = [
+        f"prepared={workshop}/prepared.safetensors",
+        *SIZES,
+        *TRAINING,
+        "training.gamma=0.5",
+        "optim.optimizer=sgd",
+    ]
     common += ["training.z_var_penalty=0.1", "optim.lr=0.1"]
     for name, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])):
         command = [sys.executable, *start, str(tmp_path / "program.py"), str(tmp_path / f"{name}.pt"), *common]

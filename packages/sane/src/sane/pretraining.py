@@ -290,10 +290,13 @@ class Pretraining:
             embedded[split] = torch.cat(parts) if parts else torch.zeros(0, self.config.model.latent)
         for name in t.properties:
             try:
-                known = {s: torch.from_numpy(self.prepared.properties(s, name)[index[s]]) for s in embedded}
+                values = {s: self.prepared.properties(s, name)[index[s]] for s in embedded}
             except KeyError:
                 continue
-            if min(int(values.isfinite().sum()) for values in known.values()) < 2:
+            if any(v.dtype.kind == "U" for v in values.values()):
+                continue  # a text is for `sane predict`
+            known = {s: torch.from_numpy(v) for s, v in values.items()}
+            if min(int(v.isfinite().sum()) for v in known.values()) < 2:
                 continue
             fit = fit_ridge(embedded["train"], known["train"], embedded["validation"], known["validation"])
             for split in ("validation", "test"):
