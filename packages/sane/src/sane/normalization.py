@@ -58,6 +58,11 @@ class Normalization:
                 center[span], scale[span] = a, b
         return center, scale
 
+    def of(self, name: str) -> tuple[float, float]:
+        """Center and scale of a tensor; not for ``l2_ind``, whose scales depend on the checkpoint."""
+        place = self.layout.slices[name].start
+        return self._affine[0][place].item(), self._affine[1][place].item()
+
     def normalize(self, vectors: Tensor) -> Tensor:
         """Normalised copies of vectors (..., d)."""
         if self.mode == "l2_ind":
