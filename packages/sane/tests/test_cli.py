@@ -90,6 +90,11 @@ def test_the_commands_from_a_zoo_to_samples(workshop, tmp_path, capsys):
         new,
         "--num",
         3,
+        "--strategy",
+        "subsampled",
+        "--draws",
+        6,
+        "--relative",
         "--anchors",
         4,
         "--train-images",
@@ -99,6 +104,7 @@ def test_the_commands_from_a_zoo_to_samples(workshop, tmp_path, capsys):
     )
     names = [group["name"] for group in sampled["groups"]]
     assert names == ["sampled", "best anchor", "anchor + noise", "average of anchors", "random initialisation"]
+    assert [group["networks"] for group in sampled["groups"]] == [3, 1, 3, 1, 3]
     assert sampled["novelty"]["samples"] > 0 and len(sampled["groups"][0]["finetuned"]) == 1
     assert load_checkpoint(new).state["module_list.0.weight"].shape == (3, 8, 1, 5, 5)
     best = said(capsys, "sample", small, data, "-o", new, "--strategy", "bootstrapped", "--num", 2, "--anchors", 4, "--draws", 4, "--keep", 2, "--iterations", 2, "--no-compare", "--halo", 16, 8)  # fmt: skip

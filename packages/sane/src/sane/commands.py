@@ -353,16 +353,23 @@ def _judged(
     splits: Splits,
     command: SampleCommand,
 ) -> dict[str, Any]:
-    """Accuracies of samples and rivals, before and after the same fine-tuning, and the novelty of the samples."""
+    """Accuracies of samples and rivals, before and after the same fine-tuning, and the novelty of the samples.
+
+    Where samples are the best of many draws, so are the noisy anchors and the random initialisations.
+    """
     constructor, _ = network_of(prepared.zoo)
+    draws = len(vectors) if command.strategy == "plain" else command.draws
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(command.seed)
-        random = networks.layout.stack([constructor() for _ in range(len(vectors))]).detach()
-    rivals = rival_groups(vectors, anchors, scores, prepared.tokenizer, random, command.seed)
+        random = networks.layout.stack([constructor() for _ in range(draws)]).detach()
+    rivals = rival_groups(vectors, anchors, scores, prepared.tokenizer, random, command.seed, draws)
     if networks.has_batch_norm:
         repair = _conditioning(networks, splits, command.condition, command.seed)
         assert repair is not None, "there are batch norms"
         rivals = {name: group if name == "best anchor" else repair(group) for name, group in rivals.items()}
+    for name, group in rivals.items():
+        if len(group) > len(vectors):
+            rivals[name] = group[networks.accuracy(group, splits.validation).topk(len(vectors)).indices]
     finetuning = FineTuning(epochs=command.epochs, lr=command.lr, limit=command.train_images)
     groups = compare_groups(networks, {"sampled": vectors, **rivals}, splits, finetuning, command.seed)
     symmetry = symmetry_of(prepared.zoo) if prepared.config.align != "none" else None
