@@ -513,7 +513,8 @@ def _row(score: Score, others: Sequence[str]) -> list[Any]:
         f"{score.elsewhere[name][0]:.3f}, tau {score.elsewhere[name][1]:.3f}" if name in score.elsewhere else ""
         for name in others
     ]
-    return [score.property, score.features, interval, score.kendall, ahead, score.runs, *away]
+    tau = score.kendall if math.isfinite(score.kendall) else None
+    return [score.property, score.features, interval, tau, ahead, score.runs, *away]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
