@@ -90,6 +90,11 @@ def test_the_commands_from_a_zoo_to_samples(workshop, tmp_path, capsys):
         new,
         "--num",
         3,
+        "--strategy",
+        "subsampled",
+        "--draws",
+        6,
+        "--relative",
         "--anchors",
         4,
         "--train-images",
@@ -99,6 +104,7 @@ def test_the_commands_from_a_zoo_to_samples(workshop, tmp_path, capsys):
     )
     names = [group["name"] for group in sampled["groups"]]
     assert names == ["sampled", "best anchor", "anchor + noise", "average of anchors", "random initialisation"]
+    assert [group["networks"] for group in sampled["groups"]] == [3, 1, 3, 1, 3]
     assert sampled["novelty"]["samples"] > 0 and len(sampled["groups"][0]["finetuned"]) == 1
     assert load_checkpoint(new).state["module_list.0.weight"].shape == (3, 8, 1, 5, 5)
     best = said(capsys, "sample", small, data, "-o", new, "--strategy", "bootstrapped", "--num", 2, "--anchors", 4, "--draws", 4, "--keep", 2, "--iterations", 2, "--no-compare", "--halo", 16, 8)  # fmt: skip
@@ -117,9 +123,12 @@ def test_the_commands_from_a_zoo_to_samples(workshop, tmp_path, capsys):
 
 def test_tables_are_printed_for_people(workshop, capsys):
     small, data = str(workshop / "results" / "small"), str(workshop / "prepared.safetensors")
-    assert main(["predict", small, data, "--properties", "test_acc", "config:lr"]) == 0
+    assert main(["predict", small, data, "--properties", "test_acc", "config:lr", "config:model::type"]) == 0
     out = capsys.readouterr().out
-    assert "R2 (95 %)" in out and "lr is 0.1 for all training checkpoints: nothing to predict" in out
+    assert (
+        "score (95 %)" in out and "R2 " in out and "lr is 0.1 for all training checkpoints: nothing to predict" in out
+    )
+    assert "config:model::type is CNN for all training checkpoints" in out
     assert main(["diagnose", small, data, "--num", "2"]) == 0
     assert "norm ratio" in capsys.readouterr().out
 
@@ -136,6 +145,13 @@ def test_problems_are_one_line_with_a_remedy(workshop, tmp_path, capsys):
         "'val_acc' is not in the zoo": ["predict", small, data, "--properties", "val_acc"],
         "baseline 'spectrum' is unknown": ["predict", small, data, "--baselines", "spectrum"],
         "--anchors (99) is more than the": ["sample", small, data, "--anchors", 99, "-o", tmp_path / "x.safetensors"],
+        "--epochs must be at least 0, got -1": ["sample", small, data, "--epochs", -1],
+        "--train-images must be at least 1, got 0": ["sample", small, data, "--train-images", 0],
+        "--condition must be at least 0": ["sample", small, data, "--condition", -3],
+        "--resamples must be at least 1": ["predict", small, data, "--resamples", 0],
+        "--num must be at least 1": ["diagnose", small, data, "--num", 0],
+        "--batch must be at least 1": ["finetune", data, "--batch", 0],
+        "is the zoo itself": ["align", zoo, zoo],
         "draws must be at least 10": ["sample", small, data, "--anchors", 2, "--strategy", "subsampled", "--draws", 3, "-o", tmp_path / "x.safetensors"],
         "device must be auto, cpu or cuda": ["pretrain", "small", "device=tpu"],
         "must have the form key=value,value": ["pretrain", "small", "--tune", "training.gamma"],

@@ -109,6 +109,9 @@ def test_training_starts_from_given_weights(tmp_path):
         {"model::type": "MLP", "model::i_dim": 64, "model::h_dim": [10], "model::o_dim": 10}
     ).state_dict()
     torch.save(state, tmp_path / "start.pt")
+    torch.save({"other": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt does not fit .*Missing key"):
+        train_zoo(replace(PLAN, start=str(tmp_path / "other.pt")), tmp_path / "zoo", runs=1)
     plan = replace(PLAN, start=str(tmp_path / "start.pt"), save=(0, 1))
     train_zoo(plan, tmp_path / "zoo", runs=2)
     zoo = Zoo.open(tmp_path / "zoo")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from sane.features import SPECTRAL, layer_statistics, spectral_features, to_polar
 from sane.networks import build_network
-from sane.prediction import REGULARISATIONS, fit_ridge, r_squared, ridge_path
+from sane.prediction import REGULARISATIONS, accuracy, fit_classifier, fit_ridge, r_squared, ridge_path
 from support.autoencoders import filled_state
 from support.golden import assert_close, fill
 from zoo_common import ChannelTokenizer, ParameterLayout
@@ -54,6 +54,18 @@ def test_ridge_regressions_are_the_published_ones(golden):
         assert fit.regularisation == pytest.approx(stored["best_reg"])
         names = ["r2_train", "r2_test"] + (["r2_val"] if key == "with_val" else [])
         assert_close(scores(fit.weights)[: len(names)], [stored[name] for name in names], "sane/ridge", key)
+
+
+@pytest.mark.golden("downstream.json", cases="classification")
+def test_the_linear_classifier_is_no_worse_than_the_published_one(golden):
+    """That depends on the shuffling of its batches, so only the accuracies are compared."""
+    case = golden.case
+    x = fill(case["tag"] + "X", (case["n"], case["d"]))
+    y = ((x[:, 0] > 0).int() + (x[:, 1] > 0.5).int()).double()
+    half = case["n"] // 2
+    fit = fit_classifier(x[:half], y[:half], x[:half], y[:half])
+    assert accuracy(fit(x[:half]), y[:half]) >= case["acc_train"]
+    assert accuracy(fit(x[half:]), y[half:]) >= case["acc_test"]
 
 
 def test_strengths_are_the_published_ones():

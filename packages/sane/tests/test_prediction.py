@@ -93,7 +93,38 @@ def test_missing_and_constant_test_targets():
     score = predictor.judge(test._replace(properties={"acc": values}))[0]
     assert score.r2 > 0.9 and score.note == "3 of 20 test checkpoints have no acc"
     score = predictor.judge(test._replace(properties={"acc": np.ones(20)}))[0]
-    assert np.isnan(score.r2) and "same for all test checkpoints: R2 has no meaning" in score.note
+    assert np.isnan(score.r2) and "same for all test checkpoints: no score has a meaning" in score.note
+
+
+def test_text_is_classified():
+    def labelled(name, runs, seed):
+        one = group(name, runs, seed=seed)
+        values = np.array(["small", "large"])[(one.features["good"][:, 0] > 0).int().numpy()]
+        values[0] = ""
+        return one._replace(properties={"size": values})
+
+    predictor = PropertyPredictor(labelled("a", 20, 0), labelled("b", 10, 1))
+    test = labelled("c", 10, 2)
+    good, noise = predictor.judge(test)
+    assert good.measure == "accuracy" and good.low <= good.r2 <= good.high and good.r2 > 0.85
+    assert noise.r2 < 0.7 and noise.difference_low > 0 and np.isnan(good.kendall)
+    assert good.note == "1 of 40 test checkpoints have no size"
+    predicted = predictor.predict("good", "size", test.features["good"])[1:]
+    right = np.array([predictor.classes["size"][int(k)] for k in predicted]) == test.properties["size"][1:]
+    assert right.mean() == pytest.approx(good.r2)
+    values = test.properties["size"].copy()
+    values[1] = "tiny"
+    score = predictor.judge(test._replace(properties={"size": values}))[0]
+    assert "tiny is no size of a training run: counted as wrong" in score.note
+
+
+def test_targets_far_from_zero_are_no_harder():
+    """The published ridge shrinks the constant too; centered targets make the strongest ridge predict the mean."""
+    groups = [group(name, runs, seed=seed) for name, runs, seed in (("a", 20, 0), ("b", 10, 1), ("c", 10, 2))]
+    far = [g._replace(properties={"acc": g.properties["acc"] + 1e3}) for g in groups]
+    near, moved = (PropertyPredictor(*part[:2]).judge(part[2]) for part in (groups, far))
+    for a, b in zip(near, moved, strict=True):
+        assert b.r2 == pytest.approx(a.r2, abs=1e-6)
 
 
 def test_other_zoos_are_judged_by_the_same_predictor():

@@ -24,7 +24,7 @@ def config(workshop, tmp_path, *overrides):
 def test_a_run_writes_settings_log_state_and_model(workshop):
     folder = workshop / "results" / "small"
     assert sorted(p.name for p in folder.iterdir()) == [
-        "config.yaml", "metrics.jsonl", "model.safetensors", "state.safetensors",
+        "config.yaml", "curves.png", "metrics.jsonl", "model.safetensors", "state.safetensors",
     ]  # fmt: skip
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     judged = [line for line in lines if "loss_validation" in line]
@@ -77,7 +77,14 @@ with joined(torch.device("cpu")) as (rank, world, device):
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(workshop, tmp_path):
     (tmp_path / "program.py").write_text(DISTRIBUTED)
-    common = [f"prepared={workshop}/prepared.safetensors", *SIZES, *TRAINING, "training.gamma=0", "optim.optimizer=sgd"]
+    common = [
+        f"prepared={workshop}/prepared.safetensors",
+        *SIZES,
+        *TRAINING,
+        "training.gamma=0.5",
+        "optim.optimizer=sgd",
+    ]
+    common += ["training.z_var_penalty=0.1", "optim.lr=0.1"]
     for name, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])):
         command = [sys.executable, *start, str(tmp_path / "program.py"), str(tmp_path / f"{name}.pt"), *common]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -27,6 +27,14 @@ def test_modes_draw_what_their_names_promise():
     assert abs(noise.std() - 0.1) < 0.002
 
 
+def test_a_relative_bandwidth_follows_the_spread_of_the_anchors():
+    anchors = torch.randn(6, 20, 5) * torch.linspace(0, 3, 5)
+    for shared in (False, True):
+        drawn = KernelDensity("joint", 0.01, shared, relative=True).draw(anchors, 400)
+        noise = drawn - anchors[torch.cdist(drawn.flatten(1), anchors.flatten(1)).argmin(1)]
+        torch.testing.assert_close(noise.std(0), 0.01 * anchors.std(0, correction=0), rtol=0.2, atol=1e-6)
+
+
 def test_draws_depend_on_the_seed_and_published_ones_do_not_mix_anchors():
     anchors = torch.randn(5, 10, 4)
     density = KernelDensity()

@@ -58,6 +58,29 @@ def test_permuted_views_hold_the_same_checkpoint_in_another_order(prepared, view
     torch.testing.assert_close(first.flatten(1).sort(1)[0], second.flatten(1).sort(1)[0])
 
 
+RESNET = {"model::type": "Resnet18", "model::channels_in": 3, "model::o_dim": 10}
+
+
+@pytest.mark.parametrize("views", ["canonical", "permuted"])
+@pytest.mark.parametrize("network", [CNN, pytest.param(RESNET, marks=pytest.mark.slow)], ids=["CNN", "Resnet18"])
+def test_windows_by_rows_are_those_of_whole_checkpoints(tmp_path, network, views):
+    big = network is RESNET
+    zoo = zoo_of_networks(tmp_path / "zoo", network, runs=2 if big else 6, checkpoints=2)
+    options = {"split": "published", "fractions": (1.0, 0.0, 0.0), "align": "last" if not big else "none"}
+    prepared = prepare(zoo, PrepareConfig(token_size=40 if not big else 288, **options))
+    data = WindowDataset(
+        prepared, "train", window=25, views=ViewConfig(views=views, noise=(0.1, 0.1)), supersample=3 if big else 8
+    )
+    assert data.by_rows == big
+    found = {}
+    for by_rows in (False, True):
+        data.by_rows = by_rows
+        found[by_rows] = [data.batch(len(data) // 3, step) for step in range(3)]
+    for whole, rows in zip(found[False], found[True], strict=True):
+        for a, b in zip(whole, rows, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
 def test_samples_have_starts_of_their_own_unless_they_are_shared(prepared):
     starts = {
         shared: windows(prepared, shared=shared).batch(8, 0).positions[:, 0, 0].unique() for shared in (False, True)

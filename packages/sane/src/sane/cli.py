@@ -164,7 +164,7 @@ class PredictCommand:
     prepared: Positional[Path]
     """File of `sane preprocess`."""
     properties: tuple[str, ...] = ("test_acc", "epoch", "ggap")
-    """Metrics of the zoo, epoch, ggap, or config:KEY."""
+    """Metrics of the zoo, epoch, ggap, or config:KEY (a text, as config:model::init_type, is classified)."""
     baselines: tuple[str, ...] = ("layer statistics", "weights", "spectra")
     """Features to compare with: also `first weights`, `last weights`, `random weights`."""
     elsewhere: tuple[Path, ...] = ()
@@ -201,6 +201,8 @@ class SampleCommand:
     """What one anchor is drawn for: each number, each token, or the whole network."""
     bandwidth: float = 0.2
     """Noise on the latents."""
+    relative: bool = False
+    """The bandwidth is in standard deviations of each latent number over the anchors."""
     shared_noise: bool = False
     """The published draw: one anchor per network in every mode, the same noise for all tokens."""
     anchors: int = 10

@@ -80,6 +80,8 @@ def preprocess(command: PreprocessCommand) -> None:
 
 def align(command: AlignCommand) -> None:
     """Write an aligned copy of a zoo."""
+    if command.out.resolve() == command.zoo.resolve():
+        raise ValueError(f"{command.out} is the zoo itself: give another folder for the aligned copy")
     zoo = Zoo.open(command.zoo)
     prepared = prepare(
         zoo, PrepareConfig(align="each" if command.each else "last", normalization="none"), quiet=command.json
@@ -140,6 +142,8 @@ def pretrain(command: PretrainCommand) -> int:
 
 def diagnose(command: DiagnoseCommand) -> None:
     """Reconstruct checkpoints and say which layers are lost."""
+    _check_least(1, num=command.num)
+    _check_least(0, condition=command.condition)
     model, prepared = _model_and_zoo(command.model, command.prepared, command.device)
     count = len(prepared.samples[command.split].runs)
     rows = np.unique(np.linspace(0, max(count - 1, 0), min(command.num, count)).astype(np.int64))
@@ -188,6 +192,7 @@ def embed(command: EmbedCommand) -> None:
 
 def predict(command: PredictCommand) -> None:
     """Predict properties and compare with baselines."""
+    _check_least(1, resamples=command.resamples)
     if unknown := [name for name in command.baselines if name not in BASELINES]:
         raise ValueError(f"baseline {unknown[0]!r} is unknown; there are {', '.join(BASELINES)}")
     if command.out is not None:
@@ -215,7 +220,7 @@ def predict(command: PredictCommand) -> None:
         [
             "property",
             "features",
-            "R2 (95 %)",
+            "score (95 %)",
             "tau",
             "embedding ahead by (95 %)",
             "runs",
@@ -254,8 +259,9 @@ def labelled_split(
 
 def sample(command: SampleCommand) -> None:
     """Sample networks, and compare them with what costs nothing."""
-    if command.num < 1 or command.anchors < 1:
-        raise ValueError(f"--num ({command.num}) and --anchors ({command.anchors}) must be at least 1")
+    counts = {name: getattr(command, name) for name in ("num", "anchors", "train_images", "judge_images")}
+    _check_least(1, **counts)
+    _check_least(0, epochs=command.epochs, condition=command.condition)
     for path in (command.out, command.report):
         if path is not None:
             _check_folder(path)
@@ -268,7 +274,7 @@ def sample(command: SampleCommand) -> None:
     anchors, scores = _anchors(prepared, command, networks, splits)
     repair = _conditioning(networks, splits, command.condition, command.seed) if networks and splits else None
     halo = _halo(command.halo)
-    density = KernelDensity(command.mode, command.bandwidth, command.shared_noise)
+    density = KernelDensity(command.mode, command.bandwidth, command.shared_noise, command.relative)
     sampler = Sampler(model, model.encode(anchors, halo), density, halo, repair)
 
     def score(vectors: Tensor) -> Tensor:
@@ -347,16 +353,23 @@ def _judged(
     splits: Splits,
     command: SampleCommand,
 ) -> dict[str, Any]:
-    """Accuracies of samples and rivals, before and after the same fine-tuning, and the novelty of the samples."""
+    """Accuracies of samples and rivals, before and after the same fine-tuning, and the novelty of the samples.
+
+    Where samples are the best of many draws, so are the noisy anchors and the random initialisations.
+    """
     constructor, _ = network_of(prepared.zoo)
+    draws = len(vectors) if command.strategy == "plain" else command.draws
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(command.seed)
-        random = networks.layout.stack([constructor() for _ in range(len(vectors))]).detach()
-    rivals = rival_groups(vectors, anchors, scores, prepared.tokenizer, random, command.seed)
+        random = networks.layout.stack([constructor() for _ in range(draws)]).detach()
+    rivals = rival_groups(vectors, anchors, scores, prepared.tokenizer, random, command.seed, draws)
     if networks.has_batch_norm:
         repair = _conditioning(networks, splits, command.condition, command.seed)
         assert repair is not None, "there are batch norms"
         rivals = {name: group if name == "best anchor" else repair(group) for name, group in rivals.items()}
+    for name, group in rivals.items():
+        if len(group) > len(vectors):
+            rivals[name] = group[networks.accuracy(group, splits.validation).topk(len(vectors)).indices]
     finetuning = FineTuning(epochs=command.epochs, lr=command.lr, limit=command.train_images)
     groups = compare_groups(networks, {"sampled": vectors, **rivals}, splits, finetuning, command.seed)
     symmetry = symmetry_of(prepared.zoo) if prepared.config.align != "none" else None
@@ -376,6 +389,8 @@ def _judged(
 
 def finetune(command: FinetuneCommand) -> None:
     """Train stacked networks on and judge them."""
+    _check_least(1, batch=command.batch, train_images=command.train_images, reset_classifier=command.reset_classifier)
+    _check_least(0, epochs=command.epochs)
     if command.out is not None:
         _check_folder(command.out)
     content = load_checkpoint(command.networks)
@@ -478,13 +493,19 @@ def _halo(pair: tuple[int, int] | None) -> Halo | None:
     return None if pair is None else Halo(*pair)
 
 
+def _check_least(least: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
 def _check_folder(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.absolute().parent} does not exist")
 
 
 def _row(score: Score, others: Sequence[str]) -> list[Any]:
-    interval = f"{score.r2:.3f} ({score.low:.3f} .. {score.high:.3f})"
+    interval = f"{score.measure} {score.r2:.3f} ({score.low:.3f} .. {score.high:.3f})"
     ahead = ""
     if score.difference is not None:
         ahead = f"{score.difference:.3f} ({score.difference_low:.3f} .. {score.difference_high:.3f})"
@@ -492,7 +513,8 @@ def _row(score: Score, others: Sequence[str]) -> list[Any]:
         f"{score.elsewhere[name][0]:.3f}, tau {score.elsewhere[name][1]:.3f}" if name in score.elsewhere else ""
         for name in others
     ]
-    return [score.property, score.features, interval, score.kendall, ahead, score.runs, *away]
+    tau = score.kendall if math.isfinite(score.kendall) else None
+    return [score.property, score.features, interval, tau, ahead, score.runs, *away]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -45,6 +45,7 @@ def rival_groups(
     tokenizer: ChannelTokenizer,
     random: Tensor,
     seed: int = 0,
+    draws: int | None = None,
 ) -> dict[str, Tensor]:
     """What sampled networks are compared with.
 
@@ -53,17 +54,18 @@ def rival_groups(
         anchors: (a, d), aligned with each other.
         scores: (a,) of the anchors on validation data.
         tokenizer: Its layers scale the noise.
-        random: (n, d) random initialisations.
+        random: (m, d) random initialisations.
         seed: Draws anchors and noise.
+        draws: Noisy anchors, m; default: as many as samples.
 
     Returns:
-        Name -> networks: the best anchor (1, d); for each sample an anchor with noise (n, d) of the norm, in each layer,
-        of the median distance between samples and their nearest anchors; the average of the anchors (1, d); random
-        initialisations (n, d).
+        Name -> networks: the best anchor (1, d); anchors with noise (m, d) of the norm, in each layer, of the median
+        distance between samples and their nearest anchors; the average of the anchors (1, d); random initialisations
+        (m, d).
     """
     generator = torch.Generator().manual_seed(seed)
     nearest = anchors[torch.cdist(samples, anchors).argmin(1)]
-    noise = torch.randn(samples.shape, generator=generator)
+    noise = torch.randn(draws or len(samples), samples.shape[1], generator=generator)
     shift = samples - nearest
     for layer in tokenizer.layers:
         for name in (layer.weight, layer.bias):
@@ -71,7 +73,7 @@ def rival_groups(
                 span = tokenizer.layout.slices[name]
                 size = shift[:, span].norm(dim=1).median()
                 noise[:, span] *= size / noise[:, span].norm(dim=1, keepdim=True).clamp_min(1e-12)
-    chosen = torch.randint(len(anchors), (len(samples),), generator=generator)
+    chosen = torch.randint(len(anchors), (len(noise),), generator=generator)
     noisy = anchors[chosen] + noise
     for name in (n for n in tokenizer.layout.names if n.endswith("running_var")):
         noisy[:, tokenizer.layout.slices[name]].clamp_min_(1e-5)

@@ -39,9 +39,10 @@ def layer_statistics(tokens: Tensor, tokenizer: ChannelTokenizer, *, include_pad
 
 
 def by_layer(latents: Tensor, tokenizer: ChannelTokenizer) -> Tensor:
-    """Mean and standard deviation of the latents of every layer's tokens: (n, 2L l) of (n, k, l)."""
+    """Mean, and logarithm of the standard deviation, of the latents of every layer's tokens: (n, 2L l) of (n, k, l)."""
     parts = [latents[:, layer.start : layer.stop] for layer in tokenizer.layers]
-    return torch.cat([x for part in parts for x in (part.mean(1), part.std(1, correction=0))], dim=1)
+    rows = [(part.mean(1), part.std(1, correction=0).clamp_min(1e-6).log()) for part in parts]
+    return torch.cat([x for pair in rows for x in pair], dim=1)
 
 
 def weight_chunk(vectors: Tensor, size: int, where: Literal["first", "last", "random"], seed: int = 0) -> Tensor:

@@ -225,7 +225,12 @@ class ZooWork:
                         "number of training images"
                     )
         if self.plan.start is not None:
-            build_network(self.config(0)).load_state_dict(read_state(self.plan.start))
+            network, state = build_network(self.config(0)), read_state(self.plan.start)
+            try:
+                network.load_state_dict(state)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"{self.plan.start} does not fit {self.plan.network}: {reason}") from None
 
 
 def _check(plan: ZooPlan, runs: int, chunk: int) -> None:

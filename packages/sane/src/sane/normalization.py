@@ -18,8 +18,8 @@ from zoo_common.layout import ParameterLayout
 from zoo_common.tokens import ChannelLayer, ChannelTokenizer
 
 Mode = Literal["standardize", "minmax", "l2_ind", "none"]
-_BLOCK = 2**22
-"""Numbers that are held in float64 at once."""
+_BLOCK = 2**19
+"""Numbers that are measured at once, so that they stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ class Normalization:
             for span in _spans(self.layout, known[name]):
                 center[span], scale[span] = a, b
         return center, scale
+
+    def of(self, name: str) -> tuple[float, float]:
+        """Center and scale of a tensor; not for ``l2_ind``, whose scales depend on the checkpoint."""
+        place = self.layout.slices[name].start
+        return self._affine[0][place].item(), self._affine[1][place].item()
 
     def normalize(self, vectors: Tensor) -> Tensor:
         """Normalised copies of vectors (..., d)."""
@@ -134,17 +139,21 @@ def measure(
         for part in block.split(max(1, _BLOCK // layout.size)):
             count += len(part)
             for i, layer in enumerate(layers):
-                values = torch.cat([part[:, span] for span in _spans(layout, layer)], dim=1)
+                values = [part[:, span] for span in _spans(layout, layer)]
                 if mode == "minmax":
-                    low[i], high[i] = torch.minimum(low[i], values.min()), torch.maximum(high[i], values.max())
+                    low[i], high[i] = (
+                        torch.minimum(low[i], torch.stack([v.min() for v in values]).min()),
+                        torch.maximum(high[i], torch.stack([v.max() for v in values]).max()),
+                    )
                     continue
                 doubled = legacy_double_bn and "weight" not in layer.weight
-                size = values.shape[1]
+                size = sum(v.shape[1] for v in values)
                 freedom = (2 * size - 1) / 2 if doubled else max(size - 1, 1)
-                wide = values.double()
-                mean = wide.mean(1, keepdim=True)
-                sums[i, 0] += mean.sum()
-                sums[i, 1] += (wide - mean).square().sum() / freedom
+                mean = torch.stack([v.sum(1, dtype=torch.float64) for v in values]).sum(0) / size
+                near = mean.to(part.dtype)  # what is subtracted; the rest of the mean is accounted for
+                norms = [torch.linalg.vector_norm(v - near[:, None], dim=1, dtype=torch.float64) for v in values]
+                squares = torch.stack(norms).square().sum(0) - size * (mean - near).square()
+                sums[i] += torch.stack([mean.sum(), squares.sum() / freedom])
     if not count:
         raise ValueError("no checkpoint to take statistics of: the training split is empty")
     pairs = torch.stack([low, high], 1) if mode == "minmax" else sums / count

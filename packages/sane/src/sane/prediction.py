@@ -6,14 +6,17 @@ test runs, with intervals from resampling whole runs: checkpoints of one run are
 Shapes: ``n`` checkpoints with ``d`` features, ``r`` regularisations, ``s`` resamples.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+STRONG = (1e6, 1e5, 1e4)
+"""Further strengths for many features of few runs; the targets are centered, so that the strongest predict the mean."""
 REGULARISATIONS = tuple(value * 10.0**power for power in range(3, -6, -1) for value in (1.0, 0.3))[:-1]
 """Strengths of the ridge to choose from, falling from 1000 to 1e-5."""
 
@@ -28,6 +31,18 @@ class Ridge(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """Predictions (n,) for features (n, d)."""
         return _with_ones(x) @ self.weights
+
+
+class LinearClassifier(NamedTuple):
+    """A ridge regression for each class; the largest one wins."""
+
+    weights: Tensor
+    """(d + 1, c) float64, the last row for the constants."""
+    regularisation: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Predicted classes (n,) for features (n, d), as float64 numbers 0 .. c - 1."""
+        return (_with_ones(x) @ self.weights).argmax(1).double()
 
 
 def ridge_path(x: Tensor, y: Tensor, strengths: Sequence[float] = REGULARISATIONS) -> Tensor:
@@ -59,6 +74,35 @@ def fit_ridge(
     scores = r_squared(_with_ones(x_val) @ path.T, y_val[:, None])
     best = int(torch.where(scores.isnan(), -torch.inf, scores).argmax())
     return Ridge(path[best], float(strengths[best]))
+
+
+def fit_classifier(
+    x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, strengths: Sequence[float] = REGULARISATIONS
+) -> LinearClassifier:
+    """The linear classifier of the best accuracy on validation data, by least squares on the classes as 0 and 1.
+
+    The published one (50 epochs of Adam on the cross entropy) is the same kind of predictor, but hardly learns.
+
+    Args:
+        x: Features (n, d).
+        y: Classes (n,), float64 numbers 0 .. c - 1, NaN where unknown.
+        x_val: Those of the validation data.
+        y_val: Their classes.
+        strengths: Of the ridge.
+    """
+    x, y = _known(x, y)
+    x_val, y_val = _known(x_val, y_val)
+    indicators = torch.nn.functional.one_hot(y.long()).double()
+    paths = torch.stack([ridge_path(x, column, strengths) for column in indicators.T], dim=2)  # (r, d + 1, c)
+    scores = torch.stack([accuracy((_with_ones(x_val) @ weights).argmax(1), y_val) for weights in paths])
+    best = int(scores.argmax())
+    return LinearClassifier(paths[best], float(strengths[best]))
+
+
+def accuracy(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Share of right classes; with ``weights`` (s, n) of the checkpoints the result is (s,)."""
+    right = (prediction == target).double()
+    return right.mean() if weights is None else weights.double() @ right / weights.sum(1)
 
 
 def r_squared(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -123,6 +167,8 @@ class Score:
     """R2 of the first features minus that of these, on the same resamples."""
     difference_low: float | None = None
     difference_high: float | None = None
+    measure: Literal["R2", "accuracy"] = "R2"
+    """What ``r2`` and the numbers after it are: for properties that are text, the accuracy of a linear classifier."""
     elsewhere: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Other zoo -> (R2, Kendall's tau) of the same predictor there: out of distribution."""
 
@@ -133,13 +179,13 @@ class Labelled(NamedTuple):
     features: Mapping[str, Tensor]
     """Name -> (n, d)."""
     properties: Mapping[str, np.ndarray]
-    """Name -> (n,)."""
+    """Name -> (n,), of numbers, or of text (classes; empty where unknown)."""
     runs: np.ndarray
     """Run of each checkpoint, (n,)."""
 
 
 class PropertyPredictor:
-    """Ridge regressions from every set of features to every property.
+    """Ridge regressions from every set of features to every property; linear classifiers for those that are text.
 
     Args:
         train: Fits the weights.
@@ -158,28 +204,46 @@ class PropertyPredictor:
             raise ValueError(f"run {min(shared)} is in the training and in the validation group: split by run")
         self.train, self.validation = train, validation
         self.scales = {name: _scale(x) for name, x in train.features.items()}
-        self.fits: dict[tuple[str, str], Ridge | str] = {}
-        for features, x in train.features.items():
-            for name, y in train.properties.items():
-                self.fits[features, name] = self._fit(features, name, x, y)
+        self.classes = {
+            name: sorted({*y.tolist()} - {""}) for name, y in train.properties.items() if y.dtype.kind == "U"
+        }
+        """Property that is text -> its values in the training group."""
+        self.centers = {
+            name: 0.0 if name in self.classes or not np.isfinite(y).any() else float(np.nanmean(y))
+            for name, y in train.properties.items()
+        }
+        self.fits: dict[tuple[str, str], Ridge | LinearClassifier | str] = {}
+        for features in train.features:
+            for name in train.properties:
+                self.fits[features, name] = self._fit(features, name)
 
-    def _fit(self, features: str, name: str, x: Tensor, y: np.ndarray) -> Ridge | str:
-        groups = [(x, y), (self.validation.features[features], self.validation.properties[name])]
+    def _fit(self, features: str, name: str) -> Ridge | LinearClassifier | str:
+        groups = [(group.features[features], self._target(name, group)) for group in (self.train, self.validation)]
         for (_, values), group in zip(groups, ("training", "validation"), strict=True):
-            known = values[np.isfinite(values)]
+            known = values[values.isfinite()]
             if len(known) < 2:
                 return f"{name} is known for {len(known)} {group} checkpoints: nothing to fit"
-            if np.ptp(known) == 0:
-                return f"{name} is {known[0]:g} for all {group} checkpoints: nothing to predict"
-        (x, y_train), (x_val, y_val) = ((self._scaled(features, a), torch.from_numpy(b)) for a, b in groups)
-        return fit_ridge(x, y_train, x_val, y_val)
+            if (known == known[0]).all():
+                value = self.classes[name][int(known[0])] if name in self.classes else f"{known[0]:g}"
+                return f"{name} is {value} for all {group} checkpoints: nothing to predict"
+        (x, y_train), (x_val, y_val) = ((self._scaled(features, a), b - self.centers[name]) for a, b in groups)
+        fit = fit_classifier if name in self.classes else fit_ridge
+        return fit(x, y_train, x_val, y_val, (*STRONG, *REGULARISATIONS))
+
+    def _target(self, name: str, group: Labelled) -> Tensor:
+        """Values of a property (n,), NaN where unknown; of text, the number of the class (-1: not in training)."""
+        values = group.properties[name]
+        if name not in self.classes:
+            return torch.from_numpy(values).double()
+        numbers = {"": math.nan} | {text: float(k) for k, text in enumerate(self.classes[name])}
+        return torch.tensor([numbers.get(text, -1.0) for text in values.tolist()], dtype=torch.float64)
 
     def _scaled(self, features: str, x: Tensor) -> Tensor:
         center, scale = self.scales[features]
         return (x.double() - center) / scale
 
     def predict(self, features: str, name: str, x: Tensor) -> Tensor:
-        """Predictions (n,) of a property from features (n, d).
+        """Predictions (n,) of a property from features (n, d); of text, indices into :attr:`classes`.
 
         Raises:
             KeyError: There is no such predictor.
@@ -188,7 +252,7 @@ class PropertyPredictor:
         fit = self.fits[features, name]
         if isinstance(fit, str):
             raise ValueError(fit)
-        return fit(self._scaled(features, x))
+        return fit(self._scaled(features, x)) + self.centers[name]
 
     def judge(
         self,
@@ -233,35 +297,55 @@ class PropertyPredictor:
     ) -> tuple[Score, Tensor]:
         """Score of one predictor, and its R2 on every resample (s,)."""
         fit, nan = self.fits[features, name], float("nan")
-        target = torch.from_numpy(test.properties[name])
+        target = self._target(name, test)
+        measure: Literal["R2", "accuracy"] = "accuracy" if name in self.classes else "R2"
+        quality = accuracy if name in self.classes else r_squared
         known = target.isfinite()
         runs = len(np.unique(test.runs[known.numpy()]))
         notes = [f"{int((~known).sum())} of {len(known)} test checkpoints have no {name}"] if not known.all() else []
+        if name in self.classes and (unknown := {*test.properties[name].tolist()} - {*self.classes[name], ""}):
+            notes.append(f"{', '.join(sorted(unknown))} is no {name} of a training run: counted as wrong")
         if isinstance(fit, str) or not known.any() or target[known].unique().numel() < 2:
-            reason = fit if isinstance(fit, str) else f"{name} is the same for all test checkpoints: R2 has no meaning"
+            reason = (
+                fit if isinstance(fit, str) else f"{name} is the same for all test checkpoints: no score has a meaning"
+            )
             note = "; ".join([reason, *notes])
             return Score(features, name, nan, nan, nan, nan, nan, nan, nan, runs, note), torch.zeros(0)
-        predicted = fit(self._scaled(features, test.features[features]))
-        drawn = r_squared(predicted[known], target[known], weights[:, known])
+        predicted = self.predict(features, name, test.features[features])
+        drawn = quality(predicted[known], target[known], weights[:, known])
         low, high = _interval(drawn)
         others = {zoo: self._elsewhere(features, name, group) for zoo, group in elsewhere.items()}
         train, validation = (
-            float(r_squared(*self._pairs(features, name, group))) for group in (self.train, self.validation)
+            float(quality(*self._pairs(features, name, group))) for group in (self.train, self.validation)
         )
-        value, tau = float(r_squared(predicted[known], target[known])), kendall_tau(predicted[known], target[known])
+        value = float(quality(predicted[known], target[known]))
+        tau = nan if name in self.classes else kendall_tau(predicted[known], target[known])
         note = "; ".join(notes)
         score = Score(
-            features, name, value, low, high, tau, train, validation, fit.regularisation, runs, note, elsewhere=others
+            features,
+            name,
+            value,
+            low,
+            high,
+            tau,
+            train,
+            validation,
+            fit.regularisation,
+            runs,
+            note,
+            measure=measure,
+            elsewhere=others,
         )
         return score, drawn
 
     def _elsewhere(self, features: str, name: str, group: Labelled) -> tuple[float, float]:
         predicted, target = self._pairs(features, name, group)
-        return float(r_squared(predicted, target)), kendall_tau(predicted, target)
+        quality = accuracy if name in self.classes else r_squared
+        return float(quality(predicted, target)), kendall_tau(predicted, target)
 
     def _pairs(self, features: str, name: str, group: Labelled) -> tuple[Tensor, Tensor]:
         """Predictions and targets where the property is known."""
-        x, y = _known(group.features[features], torch.from_numpy(group.properties[name]))
+        x, y = _known(group.features[features], self._target(name, group))
         return self.predict(features, name, x), y
 
 

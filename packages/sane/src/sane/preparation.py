@@ -352,8 +352,8 @@ def _good_checkpoints(zoo: Zoo, run: int, config: PrepareConfig, dropped: dict[s
     index = np.flatnonzero(np.isin(steps, config.steps)) if config.steps else np.arange(len(steps))
     if not len(index):
         return index
-    vectors = zoo.params.gather(np.full(len(index), run), index)
-    low, high = (bound.numpy() for bound in vectors.aminmax(dim=1))
+    vectors = zoo.params[run]  # mapped, not copied
+    low, high = (bound.float().numpy()[index] for bound in vectors.aminmax(dim=1))
     finite = np.isfinite(low) & np.isfinite(high)
     small = np.maximum(-low, high) <= config.max_abs
     for reason, bad in (("not finite", ~finite), (f"above {config.max_abs:g}", finite & ~small)):

@@ -1,6 +1,7 @@
 """Pretraining of the autoencoder on one prepared zoo: a loop to read, copy and change."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 from tqdm import tqdm
 from zoo_common.checkpoint import load_training, save_training
 from zoo_common.files import atomic_write, visible_files
@@ -59,8 +61,9 @@ def pretrain(
 ) -> TrainReport:
     """Train the autoencoder of a configuration and write ``model.safetensors`` to its folder.
 
-    The folder also receives ``config.yaml``, ``metrics.jsonl``, and ``state.safetensors``, from which a killed training
-    resumes to the same result. Ctrl-C and ``limit_seconds`` save the state and stop.
+    The folder also receives ``config.yaml``, ``metrics.jsonl``, their curves in ``curves.png`` (with the extra ``plot``),
+    and ``state.safetensors``, from which a killed training resumes to the same result. Ctrl-C and ``limit_seconds`` save
+    the state and stop.
 
     Args:
         config: All settings; ``config.folder`` must be new unless ``resume``.
@@ -87,6 +90,10 @@ def pretrain(
         report = run.loop(folder, limit_seconds, quiet or not run.first)
         if report.finished and run.first:
             run.saned().save(folder / "model.safetensors")
+        if run.first and importlib.util.find_spec("matplotlib"):
+            from sane.figures import draw_curves
+
+            draw_curves(folder / "metrics.jsonl", folder / "curves.png")
         run.wait()
     return report
 
@@ -206,7 +213,7 @@ class Pretraining:
         batch = self.data.batch(t.batch, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         for k in range(t.accumulate):
-            terms = self.terms(_part(batch, k * self.world + self.rank, parts))
+            terms = self.terms(_part(batch, k * self.world + self.rank, parts), self.world > 1)
             self.scaler.scale(terms.loss / t.accumulate).backward()
             self.sums += (
                 torch.stack([*(x.detach().double() for x in terms), torch.ones_like(self.sums[0])]) / t.accumulate
@@ -223,14 +230,21 @@ class Pretraining:
         if self.schedule is not None and self.step < self.steps:
             self.schedule.step()
 
-    def terms(self, batch: Batch) -> Terms:
-        """The loss of a batch: both views go through the model together."""
+    def terms(self, batch: Batch, gather: bool = False) -> Terms:
+        """The loss of a batch: both views go through the model together.
+
+        Args:
+            batch: Of this process.
+            gather: Contrast the windows of all processes, as one process with the whole batch would.
+        """
         t = self.config.training
         views, mask, positions = (x.to(self.device) for x in (batch.views, batch.mask, batch.positions))
         dtype = torch.float16 if t.precision == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype, enabled=t.precision != "fp32"):
             _, y, projected = self.forward(views, positions.repeat(2, 1, 1))
         z_i, z_j = projected.float().chunk(2)
+        if gather:
+            z_i, z_j = (torch.cat(all_gather(z)) for z in (z_i, z_j))  # gradients flow to all processes
         target = views if t.target == "noised" else batch.clean.to(self.device)
         return self.objective(z_i, z_j, y.float(), target, mask.repeat(2, 1, 1))
 
@@ -276,10 +290,13 @@ class Pretraining:
             embedded[split] = torch.cat(parts) if parts else torch.zeros(0, self.config.model.latent)
         for name in t.properties:
             try:
-                known = {s: torch.from_numpy(self.prepared.properties(s, name)[index[s]]) for s in embedded}
+                values = {s: self.prepared.properties(s, name)[index[s]] for s in embedded}
             except KeyError:
                 continue
-            if min(int(values.isfinite().sum()) for values in known.values()) < 2:
+            if any(v.dtype.kind == "U" for v in values.values()):
+                continue  # a text is for `sane predict`
+            known = {s: torch.from_numpy(v) for s, v in values.items()}
+            if min(int(v.isfinite().sum()) for v in known.values()) < 2:
                 continue
             fit = fit_ridge(embedded["train"], known["train"], embedded["validation"], known["validation"])
             for split in ("validation", "test"):

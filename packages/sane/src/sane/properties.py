@@ -9,13 +9,13 @@ _EPOCH = ("epoch", "training_iteration", "step")
 
 
 def read_property(zoo: Zoo, name: str, runs: np.ndarray, checkpoints: np.ndarray) -> np.ndarray:
-    """Values of a property for (run, checkpoint) pairs, (n,) float64; NaN where a run has none.
+    """Values of a property for (run, checkpoint) pairs, (n,) float64, NaN where a run has none; or text, then empty.
 
     Args:
         zoo: The zoo.
         name: A metric; ``epoch`` (also ``training_iteration``, ``step``: the number that the zoo keeps with each
             checkpoint); ``test_acc``, ``train_acc`` or ``val_acc`` (fractions, also from an error in percent); ``ggap``
-            (train_acc - test_acc); or ``config:KEY`` for a number of the runs' configurations.
+            (train_acc - test_acc); or ``config:KEY`` for a number or a text of the runs' configurations.
         runs: (n,) indices.
         checkpoints: (n,) indices within the runs.
 
@@ -47,8 +47,12 @@ def read_property(zoo: Zoo, name: str, runs: np.ndarray, checkpoints: np.ndarray
 
 def _from_config(zoo: Zoo, key: str, runs: np.ndarray) -> np.ndarray:
     values = [run.config.get(key) for run in zoo.runs]
+    if any(isinstance(values[run], str) for run in np.unique(runs)):
+        return np.array(["" if value is None else str(value) for value in values], dtype=np.str_)[runs]
     numbers = np.array([float(v) if isinstance(v, int | float) else np.nan for v in values])
     if not np.isfinite(numbers[runs]).any():
-        keys = sorted({k for run in zoo.runs for k, v in run.config.items() if isinstance(v, int | float)})
-        raise KeyError(f"no run has a number {key!r} in its configuration; there are {', '.join(keys) or 'none'}")
+        keys = sorted({k for run in zoo.runs for k, v in run.config.items() if isinstance(v, int | float | str)})
+        raise KeyError(
+            f"no run has a number or text {key!r} in its configuration; there are {', '.join(keys) or 'none'}"
+        )
     return numbers[runs]

@@ -31,6 +31,8 @@ class KernelDensity:
     shared_noise: bool = False
     """The published behaviour: all estimates share one seed, so that every mode draws around one anchor, and its noise is
     one number (individual), one vector (token) or full (joint); the same in every call."""
+    relative: bool = False
+    """The bandwidth is in standard deviations of each latent number over the anchors; else absolute, as published."""
 
     def __post_init__(self) -> None:
         """Reject what is no density."""
@@ -55,7 +57,11 @@ class KernelDensity:
         index = torch.randint(len(anchors), shape, generator=generator, device=anchors.device)
         chosen = anchors.gather(0, index.expand(n, k, width))
         noise = torch.randn(chosen.shape, generator=generator, device=anchors.device, dtype=anchors.dtype)
-        return chosen.add_(noise, alpha=self.bandwidth)
+        return chosen.add_(self._width(anchors) * noise)
+
+    def _width(self, anchors: Tensor) -> float | Tensor:
+        """Standard deviation of the noise, for all numbers or (k, l)."""
+        return self.bandwidth * anchors.std(0, correction=0) if self.relative else self.bandwidth
 
     def _published(self, anchors: Tensor, n: int, seed: int) -> Tensor:
         """The closed form of what the original draws with one estimate per token or number."""
@@ -64,7 +70,7 @@ class KernelDensity:
         index = torch.from_numpy((random.uniform(0, 1, n) * len(anchors)).astype(np.int64))
         shape = {"individual": (n, 1, 1), "token": (n, 1, width), "joint": (n, k, width)}[self.mode]
         noise = torch.from_numpy(random.normal(0, 1, int(np.prod(shape))).reshape(shape)).to(anchors.device)
-        return (anchors[index.to(anchors.device)].double() + self.bandwidth * noise).to(anchors)
+        return (anchors[index.to(anchors.device)].double() + self._width(anchors) * noise).to(anchors)
 
 
 def random_anchors(n: int, tokens: int, latent: int, sigma: float = 10.0, seed: int = 0) -> Tensor:

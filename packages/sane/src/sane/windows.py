@@ -9,12 +9,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from zoo_common.alignment import axis_index
 
 from sane.augmentation import Erase, add_noise
 from sane.preparation import Prepared
 
 _TOGETHER = 2**26
 """Numbers of weights from which the windows of a batch are cut at once."""
+_LARGE = 20
+"""Checkpoints of so many windows are read by rows."""
 
 
 class Batch(NamedTuple):
@@ -78,6 +81,9 @@ class WindowDataset:
             raise ValueError(f"the {split} split has no checkpoints: prepare the zoo with other fractions")
         self.prepared, self.split, self.window, self.seed = prepared, split, window, seed
         self.views, self.supersample = views or ViewConfig(), supersample
+        small = window * prepared.tokenizer.token_size < prepared.tokenizer.layout.size / _LARGE
+        self.by_rows = small and prepared.normalization.mode != "l2_ind"
+        """Whether only the rows that a window shows are read; else whole checkpoints, which is faster for small ones."""
         self.mask, self.positions = prepared.tokenizer.mask, prepared.tokenizer.positions
 
     def __len__(self) -> int:
@@ -119,22 +125,82 @@ class WindowDataset:
 
     def _cut(self, chosen: np.ndarray, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Both views of some windows, without noise."""
-        vectors = self.prepared.vectors(self.split, chosen)
-        found: list[Tensor] = []
-        permuted = {"canonical": (False, False), "mixed": (False, True), "permuted": (True, True)}[self.views.views]
-        for move in permuted:
-            if not move and found and not permuted[0]:
-                found.append(found[0])
-                continue
-            tokens = self.prepared.tokens(self._permuted(vectors, generator) if move else vectors)
-            found.append(tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2])))
-        return found[0], found[1]
+        whole = None if self.by_rows else self.prepared.vectors(self.split, chosen)
 
-    def _permuted(self, vectors: Tensor, generator: torch.Generator) -> Tensor:
-        symmetry = self.prepared.symmetry
-        drawn = symmetry.random_permutations(1 if self.views.shared else len(vectors), generator)
-        return symmetry.apply(vectors, [p.expand(len(vectors), -1) for p in drawn])
+        def cut(orders: list[Tensor] | None) -> Tensor:
+            if whole is None:
+                return self._rows(chosen, index[:, 0].tolist(), orders)
+            vectors = whole if orders is None else self.prepared.symmetry.apply(whole, orders)
+            tokens = self.prepared.tokens(vectors)
+            return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+        permuted = {"canonical": (False, False), "mixed": (False, True), "permuted": (True, True)}[self.views.views]
+        if not any(permuted):
+            return (cut(None),) * 2
+        first, second = (cut(self._orders(len(chosen), generator) if move else None) for move in permuted)
+        return first, second
+
+    def _orders(self, n: int, generator: torch.Generator) -> list[Tensor]:
+        """Random permutations, (n, s) per group."""
+        drawn = self.prepared.symmetry.random_permutations(1 if self.views.shared else n, generator)
+        return [p.expand(n, -1) for p in drawn]
+
+    def _rows(self, chosen: np.ndarray, starts: list[int], orders: list[Tensor] | None) -> Tensor:
+        """Windows (n, w, i) of which only the rows they show are read and permuted."""
+        prepared, samples = self.prepared, self.prepared.samples[self.split]
+        aligned = [table[torch.from_numpy(samples.rows[chosen])].long() for table in prepared.permutations]
+        if aligned and orders is not None:
+            orders = [p.gather(1, q) for p, q in zip(aligned, orders, strict=True)]
+        orders = orders or aligned
+        return torch.stack(
+            [
+                cut_rows(
+                    prepared, prepared.zoo.params[int(run), int(checkpoint)], [p[i] for p in orders], start, self.window
+                )
+                for i, (run, checkpoint, start) in enumerate(
+                    zip(samples.runs[chosen], samples.checkpoints[chosen], starts, strict=True)
+                )
+            ]
+        )
 
     def _generator(self, step: int) -> torch.Generator:
         state = np.random.SeedSequence([self.seed, 1, step]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0]) >> 1)
+
+
+def cut_rows(prepared: Prepared, vector: Tensor, orders: list[Tensor], start: int, window: int) -> Tensor:
+    """Normalised tokens (window, i) of one checkpoint, from the rows of the tensors that they show.
+
+    Args:
+        prepared: Tokens, normalisation (not l2_ind) and symmetry.
+        vector: The checkpoint (d,), as it is in the zoo.
+        orders: Permutation (s,) of each group; empty: as it is.
+        start: First token.
+        window: Tokens.
+    """
+    tokenizer, size = prepared.tokenizer, prepared.tokenizer.token_size
+    shapes = dict(zip(tokenizer.layout.names, tokenizer.layout.shapes, strict=True))
+
+    def rows_of(name: str, first: int, last: int) -> Tensor:
+        shape = shapes[name]
+        values = vector[tokenizer.layout.slices[name]].view(shape or (1,))
+        moves = prepared.symmetry.moves.get(name, {}) if orders else {}
+        index = {axis: axis_index(found, shape[axis], [p[None] for p in orders])[0] for axis, found in moves.items()}
+        values = values[index.pop(0)[first:last]] if 0 in index else values[first:last]
+        for axis, order in index.items():
+            values = values.index_select(axis, order)
+        center, scale = prepared.normalization.of(name)
+        return (values.float().reshape(last - first, -1) - center) / scale
+
+    parts = []
+    for layer in tokenizer.layers:
+        low, high = max(start, layer.start), min(start + window, layer.stop)
+        if low >= high:
+            continue
+        first, last = (low - layer.start) // layer.per_row, -(-(high - layer.start) // layer.per_row)
+        rows = [rows_of(name, first, last) for name in (layer.weight, layer.bias) if name is not None]
+        padding = torch.zeros(last - first, layer.per_row * size - layer.width)
+        tokens = torch.cat([*rows, padding], dim=1).view(-1, size)
+        offset = low - layer.start - first * layer.per_row
+        parts.append(tokens[offset : offset + high - low])
+    return torch.cat(parts)

@@ -81,9 +81,7 @@ def trace(module: nn.Module, examples: Sequence[Tensor], *, scaling: bool = Fals
     try:
         parameters = list(inspect.signature(module.forward).parameters.values())[len(examples) :]
         constants = {p.name: p.default for p in parameters if p.default is not p.empty}
-        tracer = fx.Tracer()
-        tracer.record_stack_traces = True
-        graph = tracer.trace(twin, constants)
+        graph = _Tracer().trace(twin, constants)
         walk = Walk(fx.GraphModule(twin, graph), ParameterLayout.from_module(module), scaling)
         walk.run(*(example.to("meta", torch.float64 if example.is_floating_point() else None) for example in examples))
     except Exception as error:  # whatever the network's own code raises
@@ -91,6 +89,16 @@ def trace(module: nn.Module, examples: Sequence[Tensor], *, scaling: bool = Fals
         text = str(error).split("\n", 1)[0]
         raise ValueError(f"cannot trace {type(module).__name__}: {text}{_user_line(frames)}") from error
     return walk.result()
+
+
+class _Tracer(fx.Tracer):
+    """Notes where each operation stands; ``record_stack_traces`` would import torch's compiler, which takes seconds."""
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:  # noqa: ANN401
+        """A node with the stack that led to it."""
+        node = super().create_node(*args, **kwargs)
+        node.stack_trace = "".join(traceback.format_stack())
+        return node
 
 
 def _on_meta(module: nn.Module) -> nn.Module:
