@@ -35,7 +35,7 @@ def test_a_study_compares_tokens_and_rivals_and_goes_on_from_its_folder(tmp_path
 def test_missing_images_and_unseen_runs_are_named(tmp_path):
     missing = run([SCRIPT, "mnist", "--folder", tmp_path / "study", "--data-dir", tmp_path / "none"])
     assert missing.returncode == 1
-    assert missing.stderr.splitlines()[-1] == f"study: MNIST: there is no folder {tmp_path / 'none'}"
+    assert f"study: MNIST: there is no folder {tmp_path / 'none'}" in missing.stderr.splitlines()[-1]
     few = run([SCRIPT, "digits", "--folder", tmp_path / "few", "--runs", "4", "--steps", "2", "--networks", "9"])
     assert few.returncode == 1
     assert "ask for more --runs" in few.stderr.splitlines()[-1]
