@@ -271,7 +271,7 @@ def test_obsolete_options_are_named(capsys, flag):
         (["--lr", "inf"], "--lr must be at least 0 and finite, got inf"),
         (["--momentum", "1.5"], "--momentum must be at least 0 and below 1, got 1.5"),
         (["--teacher-alpha", "3"], "--teacher-alpha must be between 0 and 1"),
-        (["--limit-seconds", "-1"], "--limit-seconds must be positive"),
+        (["--limit-seconds", "-1"], "--limit-seconds must be at least 0"),
         (["--max-memory", "0"], "--max-memory must be positive"),
         (["--keep-atoms", "10"], "--keep-atoms needs --max-atoms"),
         (["--cuda"], "no CUDA device"),

@@ -176,8 +176,9 @@ class TrainConfig:
             self._check(name, lambda value: 0 <= value < math.inf, "at least 0 and finite")
         for name in ("momentum", "dampening"):
             self._check(name, lambda value: 0 <= value < 1, "at least 0 and below 1")
-        for name in ("teacher_temp", "limit_seconds", "max_memory"):
+        for name in ("teacher_temp", "max_memory"):
             self._check(name, lambda value: value > 0, "positive")
+        self._check("limit_seconds", lambda value: value >= 0, "at least 0")
         self._check("teacher_alpha", lambda value: 0 <= value <= 1, "between 0 and 1")
         if self.infinite:
             for name in ("gaussian_init", "no_Gproj", "tie_omegas"):
