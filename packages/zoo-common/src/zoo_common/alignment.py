@@ -23,6 +23,9 @@ Moves = Mapping[str, Mapping[int, Sequence[tuple[int, Entry]]]]
 _MEMORY = 2**27
 """Numbers in the working copies of the networks that are matched together."""
 
+_WORTH_A_THREAD = 32
+"""Units from which on an assignment takes longer than handing it to a thread."""
+
 _TOGETHER = 2**20
 """Numbers of several networks' tensors that are worth one product for all of them."""
 
@@ -39,9 +42,16 @@ def _assign(similarity: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
     """
     from scipy.optimize import linear_sum_assignment
 
-    tables = list(similarity.cpu().numpy())
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        chosen = list(pool.map(lambda table: linear_sum_assignment(table, maximize=True)[1], tables))
+    def best(table: np.ndarray) -> np.ndarray:
+        columns: np.ndarray = linear_sum_assignment(table, maximize=True)[1]
+        return columns
+
+    tables, threads = similarity.cpu().numpy(), torch.get_num_threads()
+    if threads == 1 or similarity.shape[1] < _WORTH_A_THREAD:
+        chosen = list(map(best, tables))
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            chosen = list(pool.map(best, tables))
     permutation = torch.from_numpy(np.reshape(chosen, current.shape)).to(current.device, torch.int64)
     values = [similarity.gather(2, p[..., None]).double().sum((1, 2)) for p in (permutation, current)]
     largest = torch.maximum(similarity.amax((1, 2)), -similarity.amin((1, 2)))
