@@ -88,6 +88,9 @@ def run_kernel(config: KernelConfig) -> int:
         raise ValueError("--kernel features and --model belong together: give both or none")
     if config.depth < 1:
         raise ValueError(f"--depth must be at least 1, got {config.depth}")
+    for name in ("varw", "varb", "first_layer_lr_mult", "last_layer_lr_mult", "bias_lr_mult"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0 and finite, got {getattr(config, name)}")
     settings = _settings(config)
     device, data = choose_device(settings), choose_data(settings)
     x, unseen = (part.images.flatten(1).to(device) for part in (data.train, data.test))
