@@ -54,7 +54,6 @@ def test_widths_draws_the_convergence(capsys, tmp_path):
         (["kernel", "digits", "--depth", "0"], "--depth must be at least 1"),
         (["kernel", "digits", "--varw", "-1"], "--varw must be at least 0"),
         (["kernel", "digits", "--kernel-reg", "0"], "the ridge must be positive"),
-        (["kernel", "digits", "--varw", "-1"], "varws must not be negative, got [-1.0, -1.0]"),
         (["kernel", "mnist"], "MNIST: no data folder given; name the folder that holds its files with --data-root"),
         (["kernel", "digits", "--memory-budget", "0.001"], "the memory budget is 0.00 GB"),
         (["eval", "absent", "digits"], "absent"),
