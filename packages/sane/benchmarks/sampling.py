@@ -91,7 +91,7 @@ def plain_decode(model: SaneModel, latents: Tensor) -> list[dict[str, Tensor]]:
 
 
 def decode(zoo: Zoo, networks: int) -> None:
-    """Many networks as one batch against one at a time, for autoencoders of several sizes."""
+    """Many networks as one batch against one at a time, for autoencoders of several sizes; then with the draw before."""
     prepared = prepare(zoo, PrepareConfig(token_size=289, align="none"))
     for d, layers in ((32, 2), (128, 4)):
         torch.manual_seed(0)
@@ -110,6 +110,19 @@ def decode(zoo: Zoo, networks: int) -> None:
             f"{1e3 * together / networks:.2f} ms in a batch ({100 * network / together:.0f} % in the autoencoder), "
             f"{alone / together:.1f}x, apart {apart:.1e}"
         )
+        sample(model, networks, alone / networks, f"width {d}, {layers} blocks")
+
+
+def sample(model: SaneModel, networks: int, decoding: float, what: str) -> None:
+    """Draw and decode: all at once, against one network at a time with a density for each of its tokens."""
+    anchors = torch.randn(10, model.tokenizer.shape[0], 32)
+    plain = decoding + seconds(lambda: draw_per_token(anchors.double().numpy(), 1), 1)
+    density = KernelDensity("token", shared_noise=True)
+    ours = seconds(lambda: model.decode(density.draw(anchors, networks))) / networks
+    print(
+        f"sampling {networks} CNN3 around 10 anchors, {what}: {1e3 * plain:.2f} ms each as published, "
+        f"{1e3 * ours:.2f} ms in a batch, {plain / ours:.1f}x"
+    )
 
 
 def main(small: bool) -> None:
