@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from zoo_common.files import atomic_write
 
 _TERMS = (("loss", "loss"), ("reconstruction", "reconstruction"), ("contrast", "contrast"))
@@ -17,6 +16,8 @@ def draw_curves(log: Path, path: Path) -> None:
         log: ``metrics.jsonl`` of a pretraining.
         path: File to write.
     """
+    from matplotlib.figure import Figure
+
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     figure = Figure(figsize=(17, 4), layout="constrained")
     *losses, scores = figure.subplots(1, len(_TERMS) + 1)
