@@ -13,9 +13,9 @@ from gpt_diffusion.cli import main
 from gpt_diffusion.config import DatasetConfig
 from gpt_diffusion.dataset import ParameterDataset
 from gpt_diffusion.published import find_metric, split_runs
+from support.formats import close_environments
 from support.golden import assert_close, assert_stats
 from zoo_common import Symmetry, Zoo, convert
-from zoo_common.formats import lmdb_runs
 from zoo_common.tasks import get_task
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoint_datasets"
@@ -23,10 +23,8 @@ GOLDEN = Path(__file__).parent / "golden" / "checkpoint_datasets"
 
 @pytest.fixture(autouse=True)
 def closed():
-    """No environment stays open: LMDB opens none twice."""
     yield
-    while lmdb_runs._open:
-        lmdb_runs._open.popitem()[1].close()
+    close_environments()
 
 
 def data_config(case):

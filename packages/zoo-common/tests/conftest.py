@@ -1,5 +1,6 @@
 import pytest
 import torch
+from support.formats import make_net, write_trial
 from torch import nn
 from zoo_common import ParameterLayout, Run, Zoo
 
@@ -35,4 +36,26 @@ def zoo(tmp_path, layout, make_run):
     zoo.append([make_run("a", 3), make_run("b", 1)], name="0")
     zoo.append([make_run("c", 5)], name="1")
     zoo.append([make_run("d", 3)], name="2")
+    return zoo
+
+
+@pytest.fixture
+def trials(tmp_path):
+    """Three trials whose order on disk is not that of their names."""
+    for seed in (2, 3, 1):
+        write_trial(tmp_path / "trials" / f"NN_tune_{seed:05d}_seed={seed}", seed)
+    return tmp_path / "trials"
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A zoo with buffers, configs and steps of its own, in small shards."""
+    layout = ParameterLayout.from_module(make_net())
+    zoo = Zoo.create(tmp_path / "own", layout=layout, task="sum", split=(0.5, 0.2, 0.3), attributes={"n": 1})
+    for seed in range(5):
+        nets = [make_net(10 * seed + i) for i in range(1 + seed)]
+        steps = [0, 5, 123_456, 200_000, 10_000_000][: 1 + seed]
+        metrics = {"test_loss": [0.1 * i for i in range(1 + seed)], "test_error": [50.0 - i for i in range(1 + seed)]}
+        buffers = {"1.num_batches_tracked": torch.stack([net[1].num_batches_tracked for net in nets])}
+        zoo.append([Run(f"run.{seed}", layout.stack(nets), steps, metrics, {"seed": seed}, buffers)], name=f"s{seed}")
     return zoo
