@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from ghn import GHN, GHN3, Graph, GraphBatch
+from support.elsewhere import elsewhere
 from support.hypernetworks import filled, torchvision_model
 from torch import nn
 
@@ -265,6 +266,19 @@ def test_graphs_and_models_must_fit_together():
 def test_wrong_settings_are_named(options, match):
     with pytest.raises(ValueError, match=match):
         GHN(**{"max_shape": (16, 16, 11, 11), "num_classes": 10, **options})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_stays_on_the_cpu_when_hypernetwork_or_model_are_elsewhere(kind):
+    expected = weights(filled(KINDS[kind]())(Net()))
+    with elsewhere() as device:
+        ghn = filled(KINDS[kind]()).to(device)
+        for model in (Net(), Net().to(device)):
+            found = weights(ghn(model))
+            for name, value in found.items():
+                torch.testing.assert_close(value.cpu(), expected[name], msg=name)
+        ghn(Net().to(device), keep_grads=True)(torch.randn(2, 3, 32, 32, device=device)).sum().backward()
+        assert all(p.grad is None or p.grad.device == device for p in ghn.parameters())
 
 
 @pytest.mark.gpu

@@ -8,8 +8,10 @@ import pytest
 import torch
 from gpt_diffusion import load_pretrained, train
 from gpt_diffusion import training as training_module
+from gpt_diffusion.cli import main
 from gpt_diffusion.distributed import Processes
 from gpt_diffusion.training import forecast
+from support.elsewhere import elsewhere
 from support.reliability import flip_bit, truncate
 from torch import nn
 from zoo_common.layout import ParameterLayout
@@ -224,6 +226,21 @@ def test_a_missing_gpu_is_named(tiny_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device 'cuda': no CUDA device is available"):
         train(tiny_config("device=cuda"), quiet=True)
+
+
+def test_nothing_stays_on_the_cpu_when_a_model_is_trained_and_used_elsewhere(tiny_config, tmp_path, capsys):
+    settings = ["train.behaviour_weight=0.5", "vis.freq=4", "transformer.tokens=units"]
+    here, there = (tiny_config(f"exp_name={name}", *settings) for name in ("here", "there"))
+    commands = (
+        ["sample", "--prompt", "0.5", "-o", str(tmp_path / "net.safetensors"), "--num", "2"],
+        ["novelty", "--num", "2"],
+    )
+    train(here, quiet=True)
+    with elsewhere("gpt_diffusion.training.choose_device", "gpt_diffusion.commands.choose_device"):
+        train(there, quiet=True)
+        for command, *options in commands:
+            assert main([command, str(there.folder), *options, "--json"]) == 0, capsys.readouterr().err
+    assert log_of(here.folder)[-1]["loss"] == pytest.approx(log_of(there.folder)[-1]["loss"], rel=1e-4)
 
 
 @pytest.mark.gpu

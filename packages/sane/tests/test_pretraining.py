@@ -7,10 +7,13 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from sane.cli import main
 from sane.config import PRESETS, Config, config_to_yaml, load_config
 from sane.preparation import open_prepared
 from sane.pretraining import Pretraining, forecast, pretrain
 from support.autoencoders import SIZES, TRAINING
+from support.elsewhere import elsewhere
 from support.reliability import assert_same_tensors
 
 CPU = torch.device("cpu")
@@ -91,6 +94,19 @@ def test_two_processes_take_the_steps_of_one(workshop, tmp_path):
         assert done.returncode == 0, done.stderr
     for a, b in zip(torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt"), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_nothing_stays_on_the_cpu_when_an_autoencoder_is_trained_and_used_elsewhere(workshop, tmp_path, capsys):
+    here, there = (config(workshop, tmp_path / name) for name in ("here", "there"))
+    pretrain(here, quiet=True)
+    with elsewhere("sane.pretraining.choose_device", "sane.commands.choose_device"):
+        pretrain(there, quiet=True)
+        model, embeddings = str(there.folder), str(tmp_path / "embeddings.safetensors")
+        assert main(["embed", model, f"{workshop}/zoo", "-o", embeddings]) == 0, capsys.readouterr().err
+        for command in ("predict", "diagnose"):
+            assert main([command, model, f"{workshop}/prepared.safetensors"]) == 0, capsys.readouterr().err
+    models = [load_file(c.folder / "model.safetensors") for c in (here, there)]
+    torch.testing.assert_close(*models)
 
 
 @pytest.mark.gpu
