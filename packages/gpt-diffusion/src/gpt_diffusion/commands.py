@@ -21,7 +21,8 @@ from zoo_common.checkpoint import load_checkpoint, save_checkpoint
 from zoo_common.files import write_json
 from zoo_common.formats import detect, open_source
 from zoo_common.formats.convert import convert
-from zoo_common.tasks import Task, get_task
+from zoo_common.layout import ParameterLayout
+from zoo_common.tasks import Task, get_task, task_names
 from zoo_common.zoo import Zoo
 
 from gpt_diffusion import against, downloads, figures, generation, preparation, training
@@ -34,6 +35,7 @@ from gpt_diffusion.cli import (
     NoveltyCommand,
     PrepareCommand,
     SampleCommand,
+    TasksCommand,
     TrainCommand,
     WalkCommand,
 )
@@ -129,7 +131,7 @@ def sample(command: SampleCommand) -> None:
     if command.num < 1 or command.recursive < 1:
         raise ValueError(f"--num ({command.num}) and --recursive ({command.recursive}) must be at least 1")
     if command.start is not None and command.num > 1:
-        raise ValueError("--num is for random initialisations; with --start there is one network")
+        raise ValueError("--num is for random initialisations; with --start the file says how many networks there are")
     _check_number("--prompt", command.prompt)
     _check_number("--start-metric", command.start_metric)
     if not command.out.absolute().parent.is_dir():
@@ -410,7 +412,9 @@ def walk(command: WalkCommand) -> None:
     _check_number("--prompt", command.prompt)
     pretrained, task = _open(command.model, command.device, command.data_dir)
     _check_prompt(command.prompt, pretrained)
-    (start,) = _starts(command.start, 1, command.seed, pretrained, task)
+    start, *others = _starts(command.start, 1, command.seed, pretrained, task)
+    if others:
+        raise ValueError(f"--start {command.start} holds {1 + len(others)} networks; a walk begins at one")
     layout = pretrained.info.layout
     walking.first_layer(start[None], layout, task.input_shape)  # fails before the work
     metric = batched_metric(task, pretrained.device)(start[None]).item()
@@ -431,6 +435,25 @@ def walk(command: WalkCommand) -> None:
     walking.write_movie(command.out, images)
     walking.write_strip(strip, images)
     _show({"out": str(command.out), "strip": str(strip), "networks": len(networks), "prompt": prompt}, command.json)
+
+
+def tasks(command: TasksCommand) -> None:
+    """Print the tasks."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in task_names():
+        try:
+            task = get_task(name)
+        except ValueError as error:  # a package's entry point that does not work
+            found[name] = {"error": str(error)}
+            continue
+        found[name] = {"metric": task.metric_name, "goal": "low" if task.minimize else "high"}
+        found[name] |= {"best_prompt": task.best_prompt, "recursive_prompt": task.recursive_prompt}
+        found[name]["weights"] = ParameterLayout.from_module(task.constructor()).size
+    if command.json:
+        print(json.dumps(found))
+        return
+    for name, row in found.items():
+        print(f"{name:20}", row.get("error") or "  ".join(f"{key} {value}" for key, value in row.items()))
 
 
 def download(command: DownloadCommand) -> None:
@@ -478,7 +501,7 @@ def _check_prompt(prompt: float | None, pretrained: Pretrained) -> None:
 
 
 def _starts(given: Path | None, count: int, seed: int, pretrained: Pretrained, task: Task) -> Tensor:
-    """Starting weights (n, D): from a file, or random initialisations."""
+    """Starting weights (n, D): all of a file, or random initialisations."""
     layout = pretrained.info.layout
     if given is None:
         with torch.random.fork_rng(devices=[]):
@@ -488,7 +511,7 @@ def _starts(given: Path | None, count: int, seed: int, pretrained: Pretrained, t
         if not given.is_file():
             raise FileNotFoundError(f"--start {given}: there is no such file")
         try:
-            starts = layout.flatten(load_file(given))[None]
+            starts = layout.flatten(load_file(given)).view(-1, layout.size)
         except SafetensorError as error:
             raise ValueError(f"--start {given}: not a readable safetensors file ({error})") from None
         except ValueError as error:
