@@ -131,6 +131,21 @@ def test_several_samples_are_stacked_and_repeatable(capsys, trained, tmp_path):
     assert "holds 3 networks; a walk begins at one" in error_of(capsys, *walk)
 
 
+def test_copies_are_looked_for_among_the_runs_that_the_training_saw(capsys, tiny_config, digits_zoo, tmp_path):
+    """With ``dataset.split=published`` these are the first ones, whatever the zoo's own split is."""
+    config = tiny_config("dataset.split=published", "dataset.num_test_runs=4", "train.max_steps=1")
+    folder, zoo = train(config, quiet=True).folder, Zoo.open(digits_zoo)
+    unseen = set(zoo.split("test")) | set(zoo.split("validation"))
+    run = min(unseen)
+    assert run < len(zoo) - 4, "trained on, though the zoo's split says otherwise"
+    save_file(zoo.weights(int(run), -1), tmp_path / "copy.safetensors")
+    report = result_of(capsys, "novelty", folder, "--samples", tmp_path / "copy.safetensors")
+    assert report["training_runs"] == len(zoo) - 4
+    assert (report["samples"][0]["verdict"], report["samples"][0]["run"]) == ("copy", zoo.run_ids[run])
+    published = Path(__file__).parent / "golden" / "checkpoint_datasets" / "mnist"
+    assert "make a zoo of them with `gpt-diffusion import`" in error_of(capsys, "novelty", folder, "--zoo", published)
+
+
 def test_tasks_are_listed_and_one_that_cannot_be_loaded_is_named(capsys, monkeypatch):
     from gpt_diffusion import commands
 

@@ -39,7 +39,7 @@ from gpt_diffusion.cli import (
     TrainCommand,
     WalkCommand,
 )
-from gpt_diffusion.config import Config, config_to_yaml, load_config
+from gpt_diffusion.config import Config, DatasetConfig, config_to_yaml, load_config
 from gpt_diffusion.curves import (
     GRADIENT,
     GROUPS,
@@ -161,7 +161,9 @@ def sample(command: SampleCommand) -> None:
         "reached": observed[-1].mean().item(),
     }
     if not command.no_novelty:
-        result["novelty"] = _novelty_in_short(starts, Path(pretrained.config.dataset.path), task, command)
+        result["novelty"] = _novelty_in_short(
+            starts, Path(pretrained.config.dataset.path), task, command, pretrained.config.dataset
+        )
     _show(result, command.json)
 
 
@@ -213,7 +215,9 @@ def evaluate(command: EvalCommand, config: Config | None = None) -> None:
             for rival in rivals
         }
     if not command.no_novelty:
-        summary["novelty"] = _novelty_in_short(judged["test_set"].samples, zoo.path, task, command)
+        summary["novelty"] = _novelty_in_short(
+            judged["test_set"].samples, zoo.path, task, command, pretrained.config.dataset
+        )
         scores["novelty"] = summary["novelty"]
     scores["figures"] = _curves(judged, optima, rivals)
     if command.curve_files is not None:
@@ -272,13 +276,13 @@ def novelty(command: NoveltyCommand) -> None:
     if given is command.source:
         if command.zoo is None:
             raise ValueError(f"{given} holds networks; say with --zoo which runs they may be copies of")
-        zoo = Zoo.open(command.zoo)
+        zoo = _open_zoo(command.zoo)
         if zoo.task is None:
             raise ValueError(f"{zoo.path}: the zoo does not say its task; give a model and --samples {given}")
         task, pretrained = get_task(zoo.task, command.data_dir), None
     else:
         pretrained, task = _open(command.source, command.device, command.data_dir)
-        zoo = Zoo.open(command.zoo or pretrained.config.dataset.path)
+        zoo = _open_zoo(command.zoo or Path(pretrained.config.dataset.path))
         if zoo.layout.shapes != pretrained.info.layout.shapes:
             raise ValueError(f"{zoo.path}: the zoo holds networks of another layout than the model {command.source}")
     if given is not None:
@@ -291,29 +295,44 @@ def novelty(command: NoveltyCommand) -> None:
         prompt = task.best_prompt if command.prompt is None else command.prompt
         with _progress(pretrained.config, 1, command.json) as progress:
             networks = as_sampler(pretrained, command.seed, progress)(torch.full_like(metrics, prompt), metrics, starts)
-    report = _compare(networks, zoo, task, command)
+    data = pretrained.config.dataset if pretrained is not None and command.zoo is None else None
+    report = _compare(networks, zoo, task, command, data)
     if command.out is not None:
         write_json(command.out, report.to_json())
     print(json.dumps(report.to_json()) if command.json else report.text())
 
 
+def _open_zoo(path: Path) -> Zoo:
+    """A zoo whose checkpoints can all be looked at in reasonable time."""
+    if not (path / "zoo.json").exists() and path.is_dir() and detect(path) == "gpt":
+        raise ValueError(f"{path} holds runs in the published format: make a zoo of them with `gpt-diffusion import`")
+    return Zoo.open(path)
+
+
 def _compare(
-    networks: Tensor, zoo: Zoo, task: Task, command: NoveltyCommand | SampleCommand | EvalCommand
+    networks: Tensor,
+    zoo: Zoo,
+    task: Task,
+    command: NoveltyCommand | SampleCommand | EvalCommand,
+    data: DatasetConfig | None,
 ) -> NoveltyReport:
-    """The report on networks, with a progress bar."""
+    """The report on networks, with a progress bar; ``data`` says which runs of the zoo a model was trained on."""
+    split = None if data is None else lambda name: split_runs(zoo, data, name)
     with tqdm(desc="novelty", unit="checkpoint", disable=command.json, leave=False, delay=0.5) as bar:
 
         def advance(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        return novelty_report(networks, zoo, task, seed=command.seed, progress=advance)
+        return novelty_report(networks, zoo, task, seed=command.seed, split=split, progress=advance)
 
 
-def _novelty_in_short(networks: Tensor, zoo: Path, task: Task, command: SampleCommand | EvalCommand) -> dict[str, Any]:
+def _novelty_in_short(
+    networks: Tensor, zoo: Path, task: Task, command: SampleCommand | EvalCommand, data: DatasetConfig
+) -> dict[str, Any]:
     """The report without its samples, or why there is none."""
     try:
-        return _compare(networks, Zoo.open(zoo), task, command).summary()
+        return _compare(networks, _open_zoo(zoo), task, command, data).summary()
     except (ValueError, FileNotFoundError) as error:
         return {"verdict": f"not checked: {error}"}
 
