@@ -33,7 +33,7 @@ from zoo_common.symmetry import Symmetry
 from zoo_common.tasks import get_task
 from zoo_common.zoo import Run, Zoo
 
-ROUNDS = 5
+ROUNDS = 15
 
 
 def mnist_rule(positions: list[Tensor]) -> list[Tensor]:

@@ -119,6 +119,9 @@ def test_a_rule_permutes_many_checkpoints_each_in_its_own_way():
     orders = drawn[0][:, 7840:7850] - 7840  # where the biases of the hidden units come from
     assert not torch.equal(orders[0], orders[1])
     torch.testing.assert_close(permuted, symmetry.apply(vectors, [orders]), rtol=0, atol=0)
+    rows = torch.tensor([[2, 0, 0], [1, 2, 0]])
+    shared = permuter.apply(vectors, drawn, rows=rows)
+    torch.testing.assert_close(shared, symmetry.apply(vectors, [orders], rows=rows), rtol=0, atol=0)
 
 
 def randperm_rule(net, generator, permute_in, permute_out, permute_in_out, register):

@@ -123,6 +123,45 @@ def test_several_samples_are_stacked_and_repeatable(capsys, trained, tmp_path):
     assert a["fc1.weight"].shape == (3, 10, 64)
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["fc1.weight"][0], a["fc1.weight"][1])
+    further, options = tmp_path / "further.safetensors", ["--start", files[0], "--prompt", 1.0]
+    assert result_of(capsys, "sample", trained, *options, "-o", further)["networks"] == 3
+    for name, tensor in load_file(further).items():
+        assert tensor.shape == a[name].shape and not torch.equal(tensor, a[name])
+    walk = ["walk", trained, "--start", files[0], "-o", tmp_path / "walk.gif"]
+    assert "holds 3 networks; a walk begins at one" in error_of(capsys, *walk)
+
+
+def test_copies_are_looked_for_among_the_runs_that_the_training_saw(capsys, tiny_config, digits_zoo, tmp_path):
+    """With ``dataset.split=published`` these are the first ones, whatever the zoo's own split is."""
+    config = tiny_config("dataset.split=published", "dataset.num_test_runs=4", "train.max_steps=1")
+    folder, zoo = train(config, quiet=True).folder, Zoo.open(digits_zoo)
+    unseen = set(zoo.split("test")) | set(zoo.split("validation"))
+    run = min(unseen)
+    assert run < len(zoo) - 4, "trained on, though the zoo's split says otherwise"
+    save_file(zoo.weights(int(run), -1), tmp_path / "copy.safetensors")
+    report = result_of(capsys, "novelty", folder, "--samples", tmp_path / "copy.safetensors")
+    assert report["training_runs"] == len(zoo) - 4
+    assert (report["samples"][0]["verdict"], report["samples"][0]["run"]) == ("copy", zoo.run_ids[run])
+    published = Path(__file__).parent / "golden" / "checkpoint_datasets" / "mnist"
+    assert "make a zoo of them with `gpt-diffusion import`" in error_of(capsys, "novelty", folder, "--zoo", published)
+
+
+def test_tasks_are_listed_and_one_that_cannot_be_loaded_is_named(capsys, monkeypatch):
+    from gpt_diffusion import commands
+
+    def look_up(name):
+        if name == "broken":
+            raise ValueError("the entry point is broken")
+        return get_task(name)
+
+    monkeypatch.setattr(commands, "task_names", lambda: ["digits_loss", "cartpole", "broken"])
+    monkeypatch.setattr(commands, "get_task", look_up)
+    shown = result_of(capsys, "tasks")
+    assert shown["digits_loss"]["metric"] == "val_loss" and shown["digits_loss"]["weights"] == 760
+    assert (shown["cartpole"]["goal"], shown["cartpole"]["best_prompt"]) == ("high", 500.0)
+    assert shown["broken"] == {"error": "the entry point is broken"}
+    status, out, _ = call(capsys, "tasks")
+    assert status == 0 and [line.split()[0] for line in out.splitlines()] == list(shown)
 
 
 def test_eval_prints_alignment_of_both_groups(capsys, trained, tmp_path):

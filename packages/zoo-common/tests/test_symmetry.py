@@ -81,6 +81,24 @@ def test_apply_is_the_gather_with_the_index(case):
     assert all((row.sort()[0] == torch.arange(symmetry.layout.size)).all() for row in index)
 
 
+def test_networks_may_share_a_permutation(case):
+    _, symmetry, _ = case
+    vectors, rows = weights(symmetry, 9), torch.tensor([[8, 1, 1], [0, 2, 7]])
+    permutations = symmetry.random_permutations(3, torch.Generator().manual_seed(2))
+    shared = symmetry.apply(vectors, permutations, rows=rows)
+    for which, permuted in zip(rows, shared, strict=True):
+        assert torch.equal(permuted, symmetry.apply(vectors[which], permutations))
+        assert torch.equal(permuted, symmetry.apply(vectors, permutations, rows=which))
+
+
+def test_gradients_go_back_to_where_the_weights_came_from(case):
+    _, symmetry, _ = case
+    vectors, cotangents = weights(symmetry, 4).requires_grad_(), weights(symmetry, 4, seed=1)
+    permutations = symmetry.random_permutations(4, torch.Generator().manual_seed(2))
+    (gradient,) = torch.autograd.grad(symmetry.apply(vectors, permutations), vectors, cotangents)
+    assert torch.equal(symmetry.apply(gradient, permutations), cotangents)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("inputs", [511, 512])  # 512: rows of whole 16 bytes
 @pytest.mark.parametrize("start", [0, 1])

@@ -92,7 +92,7 @@ class Permuter(Protocol):
         out: Tensor | None = None,
         write: Callable[[Tensor, Tensor], object] = ...,
     ) -> Tensor:
-        """Permute checkpoints (n, d), each with its own row; see :meth:`zoo_common.symmetry.Symmetry.apply`."""
+        """Permute checkpoints, each (or each k of them) with its own row; as :meth:`zoo_common.symmetry.Symmetry.apply`."""
         ...
 
 
@@ -118,8 +118,9 @@ class RulePermuter:
         out: Tensor | None = None,
         write: Callable[[Tensor, Tensor], object] = lambda values, out: out.copy_(values),
     ) -> Tensor:
-        """Gather each row of ``vectors`` (n, d), or of some ``rows`` of more."""
-        permuted = (vectors if rows is None else vectors[rows]).gather(1, permutations[0])
+        """Gather each row of ``vectors`` (n, d), or of some ``rows``, (n,) or (k, n), of more."""
+        chosen = vectors if rows is None else vectors[rows]
+        permuted = chosen.gather(-1, permutations[0].expand(chosen.shape))
         out = torch.empty_like(permuted) if out is None else out
         write(permuted, out)
         return out

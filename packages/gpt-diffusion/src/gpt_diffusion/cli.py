@@ -9,8 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 from zoo_common.command import run_command
 
 _SETTING = re.compile(r"[A-Za-z_][\w.]*=")
@@ -29,6 +28,7 @@ Examples:
   gpt-diffusion novelty results/digits_loss               are the samples new, or copies of training checkpoints?
   gpt-diffusion novelty better.safetensors --zoo zoo      the same for networks in a file
   gpt-diffusion walk results/digits_loss -o walk.gif      film the hidden units along a walk through the noise
+  gpt-diffusion tasks                                     what can be learnt, and what is asked of it
   gpt-diffusion download cifar10_error.pt                 a released model; `download mnist`: a data set
   gpt-diffusion train mnist_loss_test                     judge the released model, with the published settings
   gpt-diffusion import checkpoint_datasets/mnist zoo      a data set in the published format becomes a zoo
@@ -43,9 +43,9 @@ class GenerateCommand:
     stopped or killed, and adds to a finished zoo if --runs is larger.
     """
 
-    task: Positional[str]
+    task: Annotated[Positional[str], arg(metavar="TASK")]
     """What to train: digits, mnist, fashion-mnist, cifar10, cartpole (by reinforcement), or a task of your own."""
-    directory: Positional[Path]
+    directory: Annotated[Positional[Path], arg(metavar="ZOO")]
     """Folder of the zoo."""
     runs: int = 2240
     """Networks of this seed that the zoo shall have; a larger number adds to a finished zoo."""
@@ -94,7 +94,7 @@ class PrepareCommand:
     Writes prepared.json to the zoo; training leaves out the runs listed there.
     """
 
-    directory: Positional[Path]
+    directory: Annotated[Positional[Path], arg(metavar="ZOO")]
     """Folder of the zoo."""
     max_abs: float = 10.0
     """A run with a larger weight is bad, like one that cannot be read or is not finite."""
@@ -118,9 +118,9 @@ class TrainCommand:
     dataset.path=my-zoo train.max_steps=3000 transformer.tokens=layers. --show prints all keys.
     """
 
-    config: Positional[str]
+    config: Annotated[Positional[str], arg(metavar="CONFIG")]
     """Built-in name or YAML file."""
-    overrides: Positional[tuple[str, ...]] = ()
+    overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="[KEY=VALUE ...]")] = ()
     """Settings to change, KEY=VALUE."""
     resume: bool = False
     """Go on with a run that was stopped or killed."""
@@ -146,14 +146,14 @@ class TrainCommand:
 class SampleCommand:
     """Sample networks with a wanted metric, from given weights or from random initialisations."""
 
-    model: Positional[Path]
+    model: Annotated[Positional[Path], arg(metavar="MODEL")]
     """Folder of a training run, a model file, a released model (mnist_loss.pt), or owner/name@revision on a hub."""
     prompt: float
     """Metric wanted, in its own units."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    out: Annotated[Path, arg(aliases=["-o"])]
     """File to write: a state dict (one network), or stacked tensors (several)."""
     start: Path | None = None
-    """Safetensors file with the weights to start from; default: random initialisations."""
+    """Safetensors file with the weights to start from, of one network or several; default: random initialisations."""
     num: int = 1
     """Networks to sample."""
     start_metric: float | None = None
@@ -184,7 +184,7 @@ class EvalCommand:
     of the run. Bands are 95 % intervals of the mean over networks (Student's t).
     """
 
-    model: Positional[Path]
+    model: Annotated[Positional[Path], arg(metavar="MODEL")]
     """Folder of a training run, a model file, a released model (mnist_loss.pt), or owner/name@revision on a hub."""
     zoo: Path | None = None
     """Take initialisations of its training runs and of its unseen test runs; default: the zoo of the training."""
@@ -229,7 +229,7 @@ class NoveltyCommand:
     with what runs look like that the training has not seen.
     """
 
-    source: Positional[Path]
+    source: Annotated[Positional[Path], arg(metavar="MODEL|FILE")]
     """Model to sample from (folder of a training run, file, or owner/name@revision on a hub), or a safetensors file with
     one network or several, stacked."""
     zoo: Path | None = None
@@ -240,7 +240,7 @@ class NoveltyCommand:
     """Networks to sample, from random initialisations."""
     prompt: float | None = None
     """Metric wanted of them; default: the task's best prompt."""
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None
     """Write the whole report to this JSON file."""
     seed: int = 0
     """Seed of initialisations and noise."""
@@ -256,9 +256,9 @@ class NoveltyCommand:
 class WalkCommand:
     """Walk through the noise that networks are sampled from, and film their first layers; a PNG strip lies beside."""
 
-    model: Positional[Path]
+    model: Annotated[Positional[Path], arg(metavar="MODEL")]
     """Folder of a training run, or a model file."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("walk.gif")
+    out: Annotated[Path, arg(aliases=["-o"])] = Path("walk.gif")
     """File to write: .gif, or .mp4 with the extra `video`."""
     prompt: float | None = None
     """Metric wanted, in its own units; default: the task's best."""
@@ -281,10 +281,18 @@ class WalkCommand:
 
 
 @dataclass(frozen=True)
+class TasksCommand:
+    """List the tasks: built-in ones, and those of installed packages (entry points of the group zoo_common.tasks)."""
+
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True)
 class DownloadCommand:
     """Fetch a released model or data set; what is here already is checked instead. Goes on with broken transfers."""
 
-    name: Positional[str]
+    name: Annotated[Positional[str], arg(metavar="NAME")]
     """mnist_loss.pt, mnist_error.pt, cifar10_loss.pt, cifar10_error.pt, cartpole.pt; mnist (68 GB), cifar10 (275 GB),
     cartpole (82 GB); or all."""
     dir: Path | None = None
@@ -301,9 +309,9 @@ class DownloadCommand:
 class ImportCommand:
     """Convert a data set in the published format (or any that `zoo convert` reads) to a zoo. Goes on where it stopped."""
 
-    source: Positional[Path]
+    source: Annotated[Positional[Path], arg(metavar="SOURCE")]
     """Folder of the runs."""
-    directory: Positional[Path]
+    directory: Annotated[Positional[Path], arg(metavar="ZOO")]
     """Folder of the zoo."""
     task: str | None = None
     """Task of the runs, where the sizes of their tensors do not tell it."""
@@ -325,6 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval": (EvalCommand, _later("evaluate")),
         "novelty": (NoveltyCommand, _later("novelty")),
         "walk": (WalkCommand, _later("walk")),
+        "tasks": (TasksCommand, _later("tasks")),
         "download": (DownloadCommand, _later("download")),
         "import": (ImportCommand, _later("import_runs")),
     }

@@ -21,7 +21,8 @@ from zoo_common.checkpoint import load_checkpoint, save_checkpoint
 from zoo_common.files import write_json
 from zoo_common.formats import detect, open_source
 from zoo_common.formats.convert import convert
-from zoo_common.tasks import Task, get_task
+from zoo_common.layout import ParameterLayout
+from zoo_common.tasks import Task, get_task, task_names
 from zoo_common.zoo import Zoo
 
 from gpt_diffusion import against, downloads, figures, generation, preparation, training
@@ -34,10 +35,11 @@ from gpt_diffusion.cli import (
     NoveltyCommand,
     PrepareCommand,
     SampleCommand,
+    TasksCommand,
     TrainCommand,
     WalkCommand,
 )
-from gpt_diffusion.config import Config, config_to_yaml, load_config
+from gpt_diffusion.config import Config, DatasetConfig, config_to_yaml, load_config
 from gpt_diffusion.curves import (
     GRADIENT,
     GROUPS,
@@ -129,7 +131,7 @@ def sample(command: SampleCommand) -> None:
     if command.num < 1 or command.recursive < 1:
         raise ValueError(f"--num ({command.num}) and --recursive ({command.recursive}) must be at least 1")
     if command.start is not None and command.num > 1:
-        raise ValueError("--num is for random initialisations; with --start there is one network")
+        raise ValueError("--num is for random initialisations; with --start the file says how many networks there are")
     _check_number("--prompt", command.prompt)
     _check_number("--start-metric", command.start_metric)
     if not command.out.absolute().parent.is_dir():
@@ -159,7 +161,9 @@ def sample(command: SampleCommand) -> None:
         "reached": observed[-1].mean().item(),
     }
     if not command.no_novelty:
-        result["novelty"] = _novelty_in_short(starts, Path(pretrained.config.dataset.path), task, command)
+        result["novelty"] = _novelty_in_short(
+            starts, Path(pretrained.config.dataset.path), task, command, pretrained.config.dataset
+        )
     _show(result, command.json)
 
 
@@ -211,7 +215,9 @@ def evaluate(command: EvalCommand, config: Config | None = None) -> None:
             for rival in rivals
         }
     if not command.no_novelty:
-        summary["novelty"] = _novelty_in_short(judged["test_set"].samples, zoo.path, task, command)
+        summary["novelty"] = _novelty_in_short(
+            judged["test_set"].samples, zoo.path, task, command, pretrained.config.dataset
+        )
         scores["novelty"] = summary["novelty"]
     scores["figures"] = _curves(judged, optima, rivals)
     if command.curve_files is not None:
@@ -270,13 +276,13 @@ def novelty(command: NoveltyCommand) -> None:
     if given is command.source:
         if command.zoo is None:
             raise ValueError(f"{given} holds networks; say with --zoo which runs they may be copies of")
-        zoo = Zoo.open(command.zoo)
+        zoo = _open_zoo(command.zoo)
         if zoo.task is None:
             raise ValueError(f"{zoo.path}: the zoo does not say its task; give a model and --samples {given}")
         task, pretrained = get_task(zoo.task, command.data_dir), None
     else:
         pretrained, task = _open(command.source, command.device, command.data_dir)
-        zoo = Zoo.open(command.zoo or pretrained.config.dataset.path)
+        zoo = _open_zoo(command.zoo or Path(pretrained.config.dataset.path))
         if zoo.layout.shapes != pretrained.info.layout.shapes:
             raise ValueError(f"{zoo.path}: the zoo holds networks of another layout than the model {command.source}")
     if given is not None:
@@ -289,29 +295,44 @@ def novelty(command: NoveltyCommand) -> None:
         prompt = task.best_prompt if command.prompt is None else command.prompt
         with _progress(pretrained.config, 1, command.json) as progress:
             networks = as_sampler(pretrained, command.seed, progress)(torch.full_like(metrics, prompt), metrics, starts)
-    report = _compare(networks, zoo, task, command)
+    data = pretrained.config.dataset if pretrained is not None and command.zoo is None else None
+    report = _compare(networks, zoo, task, command, data)
     if command.out is not None:
         write_json(command.out, report.to_json())
     print(json.dumps(report.to_json()) if command.json else report.text())
 
 
+def _open_zoo(path: Path) -> Zoo:
+    """A zoo whose checkpoints can all be looked at in reasonable time."""
+    if not (path / "zoo.json").exists() and path.is_dir() and detect(path) == "gpt":
+        raise ValueError(f"{path} holds runs in the published format: make a zoo of them with `gpt-diffusion import`")
+    return Zoo.open(path)
+
+
 def _compare(
-    networks: Tensor, zoo: Zoo, task: Task, command: NoveltyCommand | SampleCommand | EvalCommand
+    networks: Tensor,
+    zoo: Zoo,
+    task: Task,
+    command: NoveltyCommand | SampleCommand | EvalCommand,
+    data: DatasetConfig | None,
 ) -> NoveltyReport:
-    """The report on networks, with a progress bar."""
+    """The report on networks, with a progress bar; ``data`` says which runs of the zoo a model was trained on."""
+    split = None if data is None else lambda name: split_runs(zoo, data, name)
     with tqdm(desc="novelty", unit="checkpoint", disable=command.json, leave=False, delay=0.5) as bar:
 
         def advance(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        return novelty_report(networks, zoo, task, seed=command.seed, progress=advance)
+        return novelty_report(networks, zoo, task, seed=command.seed, split=split, progress=advance)
 
 
-def _novelty_in_short(networks: Tensor, zoo: Path, task: Task, command: SampleCommand | EvalCommand) -> dict[str, Any]:
+def _novelty_in_short(
+    networks: Tensor, zoo: Path, task: Task, command: SampleCommand | EvalCommand, data: DatasetConfig
+) -> dict[str, Any]:
     """The report without its samples, or why there is none."""
     try:
-        return _compare(networks, Zoo.open(zoo), task, command).summary()
+        return _compare(networks, _open_zoo(zoo), task, command, data).summary()
     except (ValueError, FileNotFoundError) as error:
         return {"verdict": f"not checked: {error}"}
 
@@ -410,7 +431,9 @@ def walk(command: WalkCommand) -> None:
     _check_number("--prompt", command.prompt)
     pretrained, task = _open(command.model, command.device, command.data_dir)
     _check_prompt(command.prompt, pretrained)
-    (start,) = _starts(command.start, 1, command.seed, pretrained, task)
+    start, *others = _starts(command.start, 1, command.seed, pretrained, task)
+    if others:
+        raise ValueError(f"--start {command.start} holds {1 + len(others)} networks; a walk begins at one")
     layout = pretrained.info.layout
     walking.first_layer(start[None], layout, task.input_shape)  # fails before the work
     metric = batched_metric(task, pretrained.device)(start[None]).item()
@@ -431,6 +454,25 @@ def walk(command: WalkCommand) -> None:
     walking.write_movie(command.out, images)
     walking.write_strip(strip, images)
     _show({"out": str(command.out), "strip": str(strip), "networks": len(networks), "prompt": prompt}, command.json)
+
+
+def tasks(command: TasksCommand) -> None:
+    """Print the tasks."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in task_names():
+        try:
+            task = get_task(name)
+        except ValueError as error:  # a package's entry point that does not work
+            found[name] = {"error": str(error)}
+            continue
+        found[name] = {"metric": task.metric_name, "goal": "low" if task.minimize else "high"}
+        found[name] |= {"best_prompt": task.best_prompt, "recursive_prompt": task.recursive_prompt}
+        found[name]["weights"] = ParameterLayout.from_module(task.constructor()).size
+    if command.json:
+        print(json.dumps(found))
+        return
+    for name, row in found.items():
+        print(f"{name:20}", row.get("error") or "  ".join(f"{key} {value}" for key, value in row.items()))
 
 
 def download(command: DownloadCommand) -> None:
@@ -478,7 +520,7 @@ def _check_prompt(prompt: float | None, pretrained: Pretrained) -> None:
 
 
 def _starts(given: Path | None, count: int, seed: int, pretrained: Pretrained, task: Task) -> Tensor:
-    """Starting weights (n, D): from a file, or random initialisations."""
+    """Starting weights (n, D): all of a file, or random initialisations."""
     layout = pretrained.info.layout
     if given is None:
         with torch.random.fork_rng(devices=[]):
@@ -488,7 +530,7 @@ def _starts(given: Path | None, count: int, seed: int, pretrained: Pretrained, t
         if not given.is_file():
             raise FileNotFoundError(f"--start {given}: there is no such file")
         try:
-            starts = layout.flatten(load_file(given))[None]
+            starts = layout.flatten(load_file(given)).view(-1, layout.size)
         except SafetensorError as error:
             raise ValueError(f"--start {given}: not a readable safetensors file ({error})") from None
         except ValueError as error:

@@ -8,13 +8,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from zoo_common.symmetry import Symmetry
 from zoo_common.zoo import Zoo
 
 from gpt_diffusion.augmentation import Permuter
 from gpt_diffusion.normalization import Normalizer
-
-#: Weights that are read, permuted and normalised together.
-BLOCK_BYTES = 2**23
 
 
 class Pairs(NamedTuple):
@@ -74,7 +72,8 @@ class ParameterDataset:
         self.zoo, self.runs, self.mode, self.seed = zoo, np.asarray(runs), mode, seed
         self.spacing = (min_spacing, max_spacing)
         self.from_first = from_first
-        self.normalizer, self.augment, self.device = normalizer, augment, torch.device(device)
+        self.normalizer, self.device = normalizer, torch.device(device)
+        self.augment = augment or Symmetry(zoo.layout, ())
         self.metrics = zoo.metrics[metric].padded()  # (R, C), NaN after a run's end
         self.lengths = np.array([run.checkpoints for run in zoo.runs])
         self._order: tuple[int, np.ndarray] | None = None
@@ -109,27 +108,22 @@ class ParameterDataset:
     ) -> Tensor:
         """Normalised weights (2 b, D) of b starts and their b targets; both of a pair are permuted alike.
 
-        ``part`` says which of the ``size`` pairs of the batch they are. Worked on in blocks, so that all steps but the
-        first and the last stay in the caches.
+        ``part`` says which of the ``size`` pairs of the batch they are.
         """
-        permutations: list[Tensor] = []
-        if self.augment is not None:
-            generator = torch.Generator().manual_seed(mix_seed(self.seed, 1, k))
-            permutations = [p[part] for p in self.augment.random_permutations(size, generator)]
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, 1, k))
+        permutations = [p[part] for p in self.augment.random_permutations(size, generator)]
         n, width = len(runs), self.zoo.layout.size
         out = torch.from_numpy(np.empty((2 * n, width), np.float32))  # in huge pages, as torch.empty is not
-        height = max(1, BLOCK_BYTES // (4 * width))
         for entries, table, rows in self.zoo.params.parts(np.tile(runs, 2), np.concatenate([start, target])):
-            for which, chosen in zip(entries.split(height), rows.split(height), strict=True):
-                whole = len(entries) == len(out)  # then entries are in order
-                place = out[int(which[0]) : int(which[-1]) + 1] if whole else torch.empty(len(which), width)
-                if self.augment is None:
-                    self.normalizer.normalize(table.index_select(0, chosen), out=place)
-                else:
-                    own = [p[which % n] for p in permutations]
-                    self.augment.apply(table, own, rows=chosen, out=place, write=self.normalizer.normalize)
-                if not whole:
-                    out.index_copy_(0, which, place)
+            pairs = entries[: len(entries) // 2]  # a run lies in one part: first come the starts, then their targets
+            whole = len(pairs) == n  # then they are in order
+            place = out if whole else torch.empty(len(entries), width)
+            own = permutations if whole else [p[pairs] for p in permutations]
+            self.augment.apply(
+                table, own, rows=rows.view(2, -1), out=place.view(2, -1, width), write=self.normalizer.normalize
+            )
+            if not whole:
+                out.index_copy_(0, entries, place)
         return out
 
     def _epoch_order(self, epoch: int) -> np.ndarray:

@@ -166,6 +166,7 @@ def novelty_report(
     task: Task,
     *,
     seed: int = 0,
+    split: Callable[[str], np.ndarray] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> NoveltyReport:
     """Compare networks with the training runs of a zoo.
@@ -175,14 +176,15 @@ def novelty_report(
         zoo: Its training split is what may have been copied; its other splits calibrate.
         task: What the networks are, and their metric.
         seed: Of the noise of a baseline.
+        split: Gives the runs of a split, where the training had others than ``zoo.split``.
         progress: Called with (checkpoints looked at, all of them).
 
     Raises:
         ValueError: Networks of another layout than the zoo's or with non-finite weights, no training runs, no unseen
             runs, or no metric of the task in the zoo.
     """
-    train = zoo.split("train")
-    unseen = np.concatenate([zoo.split("test"), zoo.split("validation")])[:_UNSEEN]
+    split = split or zoo.split
+    train, unseen = split("train"), np.concatenate([split("test"), split("validation")])[:_UNSEEN]
     _check(networks, zoo, task, train, unseen)
     networks, symmetry = networks.float().cpu(), task.symmetry()
     measure = batched_metric(task, torch.device("cpu"))

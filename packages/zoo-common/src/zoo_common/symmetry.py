@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -24,7 +25,7 @@ __all__ = ["Entry", "Group", "Symmetry"]
 #: Largest difference (relative to the largest output, at least 1) that the float64 proof of a group accepts.
 PROOF_TOLERANCE = 1e-10
 
-_CACHED = 2**20
+_CACHED = 2**19
 """Numbers that are permuted together, so that intermediate copies stay in the cache."""
 
 _LONG = 1024
@@ -84,7 +85,7 @@ class Symmetry:
     def random_permutations(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
         """Independent uniform permutations for ``n`` networks: (n, s) per group, on the generator's device."""
         device = generator.device if generator is not None else torch.device("cpu")
-        return [torch.rand(n, g.size, generator=generator, device=device).argsort(1) for g in self.groups]
+        return [_orders(torch.rand(n, g.size, generator=generator, device=device)) for g in self.groups]
 
     def apply(
         self,
@@ -101,40 +102,45 @@ class Symmetry:
             vectors: Networks.
             permutations: Of these n networks.
             rows: Which of ``vectors``, (n,) int64; they are read where they lie, also in a mapped file. Default: all.
-            out: Where the permuted networks (n, d) go; default: a new tensor.
-            write: Puts permuted values (m, k) to their place in ``out`` (m, k); default: copies them.
+                Or (k, n), then k networks share a permutation.
+            out: Where the permuted networks (n, d) or (k, n, d) go; default: a new tensor.
+            write: Puts permuted values (m, l) to their place in ``out`` (m, l); default: copies them.
         """
         self._check(vectors)
-        vectors, n = vectors.contiguous(), len(vectors if rows is None else rows)
+        vectors = vectors.contiguous()
+        rows = torch.arange(len(vectors), device=vectors.device) if rows is None else rows
+        n = rows.shape[-1]
         for group, permutation in zip(self.groups, permutations, strict=True):
             if permutation.shape != (n, group.size):
                 raise ValueError(
                     f"group {group.name!r}: permutations must be {(n, group.size)}, got {tuple(permutation.shape)}"
                 )
-        out = vectors.new_empty(n, self.layout.size) if out is None else out
-        direct = write is None and not vectors.requires_grad and (out.dtype, out.stride(1)) == (vectors.dtype, 1)
+        out = vectors.new_empty(*rows.shape, self.layout.size) if out is None else out
+        direct = write is None and not vectors.requires_grad and (out.dtype, out.stride(-1)) == (vectors.dtype, 1)
         rooms = (None, None) if vectors.requires_grad else vectors.new_empty(2, self._room(n)).unbind()
+        networks, target = (rows, out) if rows.ndim == 2 else (rows[None], out[None])
         indices: dict[tuple[tuple[int, int], ...], Tensor] = {}
-        for spec in self.layout.tensors:
-            span, shape = self.layout.slices[spec.name], spec.shape
-            steps = self._steps(spec.name, shape, permutations, indices)
+        for name, span, shape in self._stretches:
+            values, places = vectors[:, span], target[..., span]
+            steps = self._steps(name, shape, permutations, indices)
             if direct and [axis for axis, _, _ in steps] == [0]:
                 row = steps[0][1] * math.prod(shape[1:])
                 if row * vectors.element_size() >= _LONG:
-                    _move_rows(vectors[:, span], rows, steps[0][2], row, out[:, span])
+                    for k, chosen in enumerate(networks):
+                        _move_rows(values, chosen, steps[0][2], row, places[k])
                     continue
             count = max(1, _CACHED // math.prod(shape))
             for i in range(0, n, count):
                 part = slice(i, i + count)
-                values, chosen = (vectors[part, span], None) if rows is None else (vectors[:, span], rows[part])
-                own = [(axis, block, order[part]) for axis, block, order in steps]
-                values = _permute_axes(values, chosen, shape, own, rooms)
-                out[part, span].copy_(values) if write is None else write(values, out[part, span])
+                moves = _Moves(shape, [(axis, block, order[part]) for axis, block, order in steps], rooms)
+                for k, chosen in enumerate(networks):
+                    moved, place = moves.take(values, chosen[part]), places[k, part]
+                    place.copy_(moved) if write is None else write(moved, place)
         return out
 
     def _room(self, n: int) -> int:
         """Numbers that one chunk of :meth:`apply` holds at most."""
-        largest = max((math.prod(shape) for shape in self.layout.shapes), default=0)
+        largest = max((math.prod(shape) for _, _, shape in self._stretches), default=0)
         return min(n * largest, max(_CACHED, largest))
 
     def _steps(
@@ -254,6 +260,18 @@ class Symmetry:
         return dict(zip(self.layout.names, self.layout.shapes, strict=True))
 
     @cached_property
+    def _stretches(self) -> list[tuple[str, slice, tuple[int, ...]]]:
+        """The tensors, with their places in the vector; neighbours that never move are one."""
+        found: list[tuple[str, slice, tuple[int, ...]]] = []
+        for spec in self.layout.tensors:
+            span, shape = self.layout.slices[spec.name], spec.shape
+            if found and spec.name not in self.moves and found[-1][0] not in self.moves:
+                span = slice(found.pop()[1].start, span.stop)
+                shape = (span.stop - span.start,)
+            found.append((spec.name, span, shape))
+        return found
+
+    @cached_property
     def moves(self) -> Moves:
         """What permutations move, tensor by tensor."""
         moves: dict[str, dict[int, list[tuple[int, Entry]]]] = {}
@@ -263,63 +281,75 @@ class Symmetry:
         return moves
 
 
-def _move_rows(values: Tensor, chosen: Tensor | None, permutation: Tensor, row: int, out: Tensor) -> None:
-    """Permute the rows of n stacked tensors, (n, s * row) or ``chosen`` of more, with a permutation (n, s) for each."""
+def _orders(draws: Tensor) -> Tensor:
+    """For each row of different numbers in [0, 1), (n, s) float32, their places in rising order."""
+    size = draws.shape[1]
+    # non-negative floats are in the order of their bits; sorting integers (NumPy's is the fastest) beats argsort
+    keys = draws.view(torch.int32).long() * size + torch.arange(size, device=draws.device)
+    ordered = keys.sort(1)[0] if keys.device.type != "cpu" else torch.from_numpy(np.sort(keys.numpy(), axis=1))
+    return ordered % size
+
+
+def _move_rows(values: Tensor, chosen: Tensor, permutation: Tensor, row: int, out: Tensor) -> None:
+    """Permute the rows of ``chosen`` stacked tensors (N, s * row) with a permutation (n, s) for each."""
     size = values.element_size()
     offsets = [x.data_ptr() | size * (x.storage_offset() | x.stride(0) | row) for x in (values, out)]
     if all(offset % 16 == 0 for offset in offsets):  # 16 bytes at a time, whatever they mean
         values, out, row = values.view(torch.complex128), out.view(torch.complex128), size * row // 16
-    networks = torch.arange(len(permutation), device=values.device) if chosen is None else chosen
-    index = [networks[:, None], permutation]
+    index = [chosen[:, None], permutation]
     torch.ops.aten.index.Tensor_out(values.unflatten(1, (-1, row)), index, out=out.unflatten(1, (-1, row)))
 
 
-def _permute_axes(
-    values: Tensor,
-    chosen: Tensor | None,
-    shape: Sequence[int],
-    steps: Sequence[tuple[int, int, Tensor]],
-    rooms: Sequence[Tensor | None],
-) -> Tensor:
-    """Permute n stacked tensors, (n, prod(shape)) or ``chosen`` of more, with intermediate copies in two rooms.
+class _Moves:
+    """Permutes n stacked tensors, (n, prod(shape)), with intermediate copies in two rooms.
 
     Each step gives an axis, the size of the blocks that move and their order (n, s) for each tensor; axes ascend.
     """
-    numbers = len(steps) > 0 and steps[-1][:2] == (len(shape) - 1, 1)  # not rows, but single numbers move last
-    rows = steps[:-1] if numbers else steps
-    if chosen is not None and (len(rows) > 1 or not steps):  # short rows are read from the cache
-        values, chosen = _permute_rows(values, chosen, shape, [], rooms[1]), None
-    if rows:
-        values, chosen = _permute_rows(values, chosen, shape, rows, rooms[0]), None
-    return _permute_last(values, chosen, steps[-1][2], rooms[1]) if numbers else values
+
+    def __init__(
+        self, shape: Sequence[int], steps: Sequence[tuple[int, int, Tensor]], rooms: Sequence[Tensor | None]
+    ) -> None:
+        numbers = len(steps) > 0 and steps[-1][:2] == (len(shape) - 1, 1)  # not rows, but single numbers move last
+        self.shape, self.rooms, self.rows = shape, rooms, steps[:-1] if numbers else steps
+        self.order = steps[-1][2] if numbers else None
+        self.index: Tensor | None = None  # places of the rows in tensors that were read, the same for all networks
+
+    def take(self, values: Tensor, chosen: Tensor) -> Tensor:
+        """Permute ``chosen`` (n,) of stacked tensors (N, prod(shape))."""
+        row = self.rows[-1][1] * math.prod(self.shape[self.rows[-1][0] + 1 :]) if self.rows else 0
+        if row * values.element_size() >= _LONG:
+            values = _copy_rows(values, self._places(values, chosen), row, self.rooms[1])
+        else:  # short rows are read from the cache
+            values = _copy_rows(values, chosen * values.stride(0), values.shape[1], self.rooms[0])
+            if self.rows:
+                if self.index is None:
+                    self.index = self._places(values, torch.arange(len(values), device=values.device))
+                values = _copy_rows(values, self.index, row, self.rooms[1])
+        return values if self.order is None else _copy_numbers(values, self.order, self.rooms[0 if self.rows else 1])
+
+    def _places(self, values: Tensor, chosen: Tensor) -> Tensor:
+        """Where the rows of the permuted tensors, (n, rows), lie in the memory of ``values``; all steps in one."""
+        kind = torch.int32 if len(values) * values.stride(0) < 2**31 else torch.int64
+        places, inner = (chosen[:, None] * values.stride(0)).to(kind), math.prod(self.shape)
+        for axis, block, order in self.rows:
+            if (size := math.prod(self.shape[axis:])) < inner:
+                outer = torch.arange(0, inner, size, dtype=kind, device=values.device)
+                places = (places[..., None] + outer).flatten(1)
+            inner = block * math.prod(self.shape[axis + 1 :])
+            places = (places[..., None] + (order * inner).to(kind)[:, None]).flatten(1)
+        return places
 
 
-def _permute_rows(
-    values: Tensor,
-    chosen: Tensor | None,
-    shape: Sequence[int],
-    steps: Sequence[tuple[int, int, Tensor]],
-    room: Tensor | None,
-) -> Tensor:
-    """The steps that move rows, all of them in one copy."""
-    networks = torch.arange(len(values), device=values.device) if chosen is None else chosen
-    starts = networks[:, None] * values.stride(0)  # of the rows, wherever they lie
-    inner = math.prod(shape)  # numbers in all that has not been placed
-    for axis, block, order in steps:
-        size, row = math.prod(shape[axis:]), block * math.prod(shape[axis + 1 :])
-        if size < inner:
-            starts = (starts[..., None] + torch.arange(0, inner, size, device=values.device)).flatten(1)
-        starts = (starts[..., None] + (order * row)[:, None]).flatten(1)
-        inner = row
-    last = (len(values) - 1) * values.stride(0) + math.prod(shape) - inner
-    windows = values.as_strided((last + 1, inner), (1, 1))
-    out = None if room is None else room[: starts.numel() * inner].view(-1, inner)
-    return torch.index_select(windows, 0, starts.flatten(), out=out).view(len(networks), -1)
+def _copy_rows(values: Tensor, places: Tensor, row: int, room: Tensor | None) -> Tensor:
+    """The ``row`` numbers from each of ``places`` (n, ...) on, counted in the memory of stacked tensors; (n, numbers)."""
+    windows = values.as_strided(((len(values) - 1) * values.stride(0) + values.shape[1] - row + 1, row), (1, 1))
+    out = None if room is None else room[: places.numel() * row].view(-1, row)
+    return torch.index_select(windows, 0, places.flatten(), out=out).view(len(places), -1)
 
 
-def _permute_last(values: Tensor, chosen: Tensor | None, order: Tensor, room: Tensor | None) -> Tensor:
-    """The step that moves single numbers of the last axis."""
-    values = (values if chosen is None else values.index_select(0, chosen)).unflatten(1, (-1, order.shape[1]))
+def _copy_numbers(values: Tensor, order: Tensor, room: Tensor | None) -> Tensor:
+    """Stacked tensors (n, ...) with the numbers of the last axis in the order (n, s)."""
+    values = values.unflatten(1, (-1, order.shape[1]))
     where = order[:, None].expand(values.shape)  # a view, no index in memory
     out = None if room is None else room[: values.numel()].view(values.shape)
     return torch.gather(values, 2, where, out=out).flatten(1)
