@@ -14,6 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from zoo_common.symmetry import Symmetry
 from zoo_common.tasks import get_task
+from zoo_common.tracing import Entry
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
@@ -44,19 +45,20 @@ def plain_align(symmetry: Symmetry, vector: Tensor, reference: Tensor) -> Tensor
     """Weight matching of one pair as the literature states it: every term anew at every visit."""
     ours, theirs = symmetry.layout.unflatten(reference), symmetry.layout.unflatten(vector)
     permutations = [torch.arange(group.size) for group in symmetry.groups]
-    places: dict[str, list[tuple[int, int]]] = {}
+    places: dict[str, list[tuple[int, Entry]]] = {}
     for g, group in enumerate(symmetry.groups):
         for entry in group.entries:
-            places.setdefault(entry.tensor, []).append((g, entry.axis))
+            places.setdefault(entry.tensor, []).append((g, entry))
     for _ in range(100):
         progress = False
         for g, group in enumerate(symmetry.groups):
             total = torch.zeros(group.size, group.size)
             for entry in group.entries:
                 permuted = theirs[entry.tensor]
-                for other, axis in places[entry.tensor]:
-                    if axis != entry.axis:
-                        permuted = permuted.index_select(axis, permutations[other])
+                for other, there in places[entry.tensor]:
+                    if there.axis != entry.axis:
+                        order = there.positions[permutations[other]].flatten()
+                        permuted = permuted.index_select(there.axis, order)
                 a = torch.moveaxis(ours[entry.tensor], entry.axis, 0).reshape(group.size, -1)
                 b = torch.moveaxis(permuted, entry.axis, 0).reshape(group.size, -1)
                 total += a @ b.T

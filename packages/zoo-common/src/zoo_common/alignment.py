@@ -168,6 +168,8 @@ class Matching:
         """Solve one group for the networks whose similarities have changed; whether any gained."""
         changed = torch.zeros(len(vectors), dtype=torch.bool, device=vectors.device)
         for term in self.terms[g]:
+            if term.other is None and term.index is not None:
+                continue  # holds for all permutations
             changed |= term.add(total, self._index(term, permutations))
         rows = changed.nonzero()[:, 0]
         if not len(rows):
