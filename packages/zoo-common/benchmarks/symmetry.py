@@ -7,11 +7,12 @@ both sides visit the groups in the same order; the objectives are compared.
 import argparse
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torchvision
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
+from torch import Tensor, nn
 from zoo_common.symmetry import Symmetry
 from zoo_common.tasks import get_task
 from zoo_common.tracing import Entry
@@ -71,6 +72,26 @@ def plain_align(symmetry: Symmetry, vector: Tensor, reference: Tensor) -> Tensor
     return symmetry.apply(vector[None], [p[None] for p in permutations])[0]
 
 
+def small_cnn(channels: tuple[int, ...], kernels: tuple[int, ...], pools: int, features: int) -> nn.Sequential:
+    """A CNN of SANE's zoos: three convolutions, the first ``pools`` of them pooled, and two dense layers."""
+    layers: list[nn.Module] = []
+    for i, ((inputs, outputs), kernel) in enumerate(zip(pairwise(channels), kernels, strict=True)):
+        layers += [nn.Conv2d(inputs, outputs, kernel), *([nn.MaxPool2d(2)] if i < pools else []), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 20), nn.Tanh(), nn.Linear(20, 10))
+
+
+def align_many(what: str, build: Callable[[], nn.Module], example: Tensor, count: int) -> None:
+    """Networks of independent initialisations against one reference; the largest difference of their objectives."""
+    symmetry = Symmetry.from_module(build(), example)
+    reference, *rest = (symmetry.layout.flatten(build()).detach() for _ in range(count + 1))
+    networks = torch.stack(rest)
+    expected = torch.stack([plain_align(symmetry, one, reference) for one in networks]) @ reference
+    gap = ((symmetry.align(networks, reference) @ reference - expected) / expected).abs().max().item()
+    plain = seconds(lambda: [plain_align(symmetry, one, reference) for one in networks], 5)
+    ours = seconds(lambda: symmetry.align(networks, reference), 5)
+    report(f"align {count} {what} with one", plain, ours, 4, f"objectives differ by {gap:.0e}")
+
+
 def report(what: str, plain: float, ours: float, target: float, note: str = "") -> None:
     """One line with a ratio."""
     print(f"{what:34} plain {plain:8.3f} s   ours {ours:8.3f} s   {plain / ours:6.1f} x (target {target} x) {note}")
@@ -92,6 +113,9 @@ def main() -> None:
     report("permute 1,000 MNIST MLPs", plain, ours, 20)
     taken = seconds(lambda: symmetry.align(vectors, vectors[0]), 3)
     print(f"align 1,000 MNIST MLPs {taken:8.2f} s (target: under 5 s)")
+
+    align_many("CNN", lambda: small_cnn((1, 8, 6, 4), (5, 5, 2), 2, 36), torch.zeros(2, 1, 28, 28), 32)
+    align_many("CNN3", lambda: small_cnn((3, 16, 32, 15), (3, 3, 3), 3, 60), torch.zeros(2, 3, 32, 32), 32)
 
     resnet = torchvision.models.resnet18(num_classes=10)
     symmetry = Symmetry.from_module(resnet, torch.zeros(2, 3, 32, 32))
