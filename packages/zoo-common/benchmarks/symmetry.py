@@ -85,11 +85,12 @@ def align_many(what: str, build: Callable[[], nn.Module], example: Tensor, count
     symmetry = Symmetry.from_module(build(), example)
     reference, *rest = (symmetry.layout.flatten(build()).detach() for _ in range(count + 1))
     networks = torch.stack(rest)
-    expected = torch.stack([plain_align(symmetry, one, reference) for one in networks]) @ reference
-    gap = ((symmetry.align(networks, reference) @ reference - expected) / expected).abs().max().item()
+    expected = torch.stack([plain_align(symmetry, one, reference) for one in networks])
+    ours, theirs = (x.double() @ reference.double() for x in (symmetry.align(networks, reference), expected))
+    gap = (ours / theirs - 1).abs().max().item()
     plain = seconds(lambda: [plain_align(symmetry, one, reference) for one in networks], 5)
-    ours = seconds(lambda: symmetry.align(networks, reference), 5)
-    report(f"align {count} {what} with one", plain, ours, 4, f"objectives differ by {gap:.0e}")
+    taken = seconds(lambda: symmetry.align(networks, reference), 5)
+    report(f"align {count} {what} with one", plain, taken, 4, f"objectives differ by {gap:.0e}")
 
 
 def report(what: str, plain: float, ours: float, target: float, note: str = "") -> None:
@@ -121,15 +122,15 @@ def main() -> None:
     symmetry = Symmetry.from_module(resnet, torch.zeros(2, 3, 32, 32))
     networks = 0.1 * torch.randn(options.networks + 1, symmetry.layout.size, generator=generator)
     reference, networks = networks[0], networks[1:]
-    objectives = [(symmetry.align(networks[:1], reference) @ reference).item()]
-    objectives.append((plain_align(symmetry, networks[0], reference) @ reference).item())
-    note = f"objectives {objectives[1]:.1f} and {objectives[0]:.1f}"
+    aligned = (symmetry.align(networks[:1], reference)[0], plain_align(symmetry, networks[0], reference))
+    ours, expected = (one.double() @ reference.double() for one in aligned)
+    note = f"objectives differ by {abs(ours / expected - 1).item():.0e}"
     plain = seconds(lambda: plain_align(symmetry, networks[0], reference), 3)
-    ours = seconds(lambda: symmetry.align(networks[:1], reference), 3)
-    report("align a pair of ResNet-18s", plain, ours, 1.8, note)
+    taken = seconds(lambda: symmetry.align(networks[:1], reference), 3)
+    report("align a pair of ResNet-18s", plain, taken, 1.8, note)
     plain = seconds(lambda: [plain_align(symmetry, one, reference) for one in networks], 1)
-    ours = seconds(lambda: symmetry.align(networks, reference), 1)
-    report(f"align {len(networks)} ResNet-18s with one", plain, ours, 4)
+    taken = seconds(lambda: symmetry.align(networks, reference), 1)
+    report(f"align {len(networks)} ResNet-18s with one", plain, taken, 4)
 
 
 if __name__ == "__main__":
