@@ -165,7 +165,7 @@ class PredictCommand:
     """File of `sane preprocess`."""
     properties: tuple[str, ...] = ("test_acc", "epoch", "ggap")
     """Metrics of the zoo, epoch, ggap, or config:KEY (a text, as config:model::init_type, is classified)."""
-    baselines: tuple[str, ...] = ("layer statistics", "weights", "spectra")
+    baselines: tuple[str, ...] = ("layer statistics", "tensor statistics", "weights", "spectra")
     """Features to compare with: also `first weights`, `last weights`, `random weights`."""
     elsewhere: tuple[Path, ...] = ()
     """Prepared files of other zoos, on which the same predictors are judged (out of distribution)."""
