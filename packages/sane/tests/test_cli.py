@@ -74,7 +74,7 @@ def test_the_commands_from_a_zoo_to_samples(workshop, tmp_path, capsys):
 
     report = said(capsys, "predict", small, data, "--elsewhere", data, "--resamples", 50)
     names = {(score["property"], score["features"]) for score in report["scores"]}
-    assert len(names) == 15 and {("ggap", "spectra"), ("epoch", "embedding by layer")} <= names
+    assert len(names) == 18 and {("ggap", "spectra"), ("epoch", "embedding by layer")} <= names
     assert all(str(data) in s["elsewhere"] for s in report["scores"] if s["r2"] is not None)
 
     seen = said(capsys, "diagnose", small, data, "--num", 3)
