@@ -79,6 +79,7 @@ def test_the_commands_from_a_zoo_to_samples(workshop, tmp_path, capsys):
 
     seen = said(capsys, "diagnose", small, data, "--num", 3)
     assert len(seen["layers"]) == 5 and 0 <= seen["accuracy_before"] <= 1 and seen["note"] == "none"
+    assert (seen["warning"] is None) == (seen["relative_error"] < 0.9)
 
     new = tmp_path / "new.safetensors"
     sampled = said(
@@ -114,6 +115,7 @@ def test_the_commands_from_a_zoo_to_samples(workshop, tmp_path, capsys):
     assert tuned.keys() == {"zero-shot", "after epoch 1", "ensemble"}
     said(capsys, "finetune", new, "--epochs", 1, "--train-images", 64, "--reset-classifier", 12)
     said(capsys, "align", workshop / "zoo", tmp_path / "aligned")
+    assert "not made by this command" in error(capsys, "align", workshop / "zoo", tmp_path / "aligned", "--each")
     aligned, zoo = Zoo.open(tmp_path / "aligned"), Zoo.open(workshop / "zoo")
     assert set(aligned.run_ids) == set(zoo.run_ids)
     run = zoo.run_ids[0]
@@ -139,6 +141,11 @@ def test_problems_are_one_line_with_a_remedy(workshop, tmp_path, capsys):
         "there is no zoo": ["preprocess", tmp_path / "absent"],
         "--token-size must be a number": ["preprocess", zoo, "--token-size", "big"],
         "no training checkpoint": ["preprocess", zoo, "--steps", 99, "-o", tmp_path / "x.safetensors"],
+        f"{tmp_path} is a folder": ["preprocess", zoo, "-o", tmp_path],
+        "give the one that `sane preprocess` has written": ["predict", small, zoo],
+        "there is no file": ["pretrain", "small", f"prepared={tmp_path / 'absent'}"],
+        "dropout must be from 0 to below 1, got 1.5": ["pretrain", "small", f"prepared={data}", f"out_dir={tmp_path}", "model.window=12", "model.dropout=1.5", "training.batch=4"],
+        "--limit-seconds does not go with --tune": ["pretrain", "small", "--tune", "training.gamma=0,1", "--limit-seconds", 1],
         "does not exist": ["preprocess", zoo, "-o", tmp_path / "a" / "b.safetensors"],
         "there is no model": ["embed", tmp_path, zoo, "-o", tmp_path / "x.safetensors"],
         "halo (9) must be from 0 to below the window (8)": ["embed", small, zoo, "--halo", 8, 9],
@@ -151,6 +158,7 @@ def test_problems_are_one_line_with_a_remedy(workshop, tmp_path, capsys):
         "--resamples must be at least 1": ["predict", small, data, "--resamples", 0],
         "--num must be at least 1": ["diagnose", small, data, "--num", 0],
         "--batch must be at least 1": ["finetune", data, "--batch", 0],
+        "holds no networks: give a file of `sane sample`": ["finetune", small / "model.safetensors"],
         "is the zoo itself": ["align", zoo, zoo],
         "draws must be at least 10": ["sample", small, data, "--anchors", 2, "--strategy", "subsampled", "--draws", 3, "-o", tmp_path / "x.safetensors"],
         "device must be auto, cpu or cuda": ["pretrain", "small", "device=tpu"],

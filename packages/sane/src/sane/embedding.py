@@ -3,7 +3,6 @@
 Shapes: ``n`` checkpoints of ``d`` numbers; embeddings of ``l`` numbers.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +93,7 @@ def embed(model: SaneModel, path: str | Path, *, halo: Halo | None = None, quiet
         bar.update(len(vectors))
         block.clear()
 
-    with tqdm(desc="embed", unit="checkpoint", disable=quiet, file=sys.stderr, leave=False) as bar:
+    with tqdm(desc="embed", unit="checkpoint", disable=quiet, leave=False, delay=1) as bar:
         for item in read_networks(path, model.tokenizer.layout):
             block.append(item)
             if sum(params.numel() for _, _, params in block) >= _TOGETHER:

@@ -159,7 +159,7 @@ def train_zoo(
     )
     parts = _missing(zoo, seed, runs, chunk)
     todo, failed, stopped = sum(map(len, parts)), 0, None
-    bar = tqdm(total=runs, initial=runs - todo, desc=plan.network, unit="run", disable=quiet)
+    bar = tqdm(total=runs, initial=runs - todo, desc=plan.network, unit="run", disable=quiet, leave=False, delay=1)
     with bar, deferred_interrupt() as interrupted, closing(_trained(work, parts, ray=ray)) as results:
         for part in parts:
             done: list[Run | None] = []

@@ -43,7 +43,13 @@ def tune(config: Config, choices: Sequence[str]) -> dict[str, Any]:
                 f"--tune {choice!r} must have the form key=value,value, for example training.gamma=0.05,0.5"
             )
         space[key] = [yaml.safe_load(value) for value in text.split(",")]
-    common = config_to_yaml(dataclasses.replace(config, prepared=str(Path(config.prepared).absolute())))
+    common = config_to_yaml(
+        dataclasses.replace(
+            config,
+            prepared=str(Path(config.prepared).absolute()),  # trials run in folders of their own
+            zoo=None if config.zoo is None else str(Path(config.zoo).absolute()),
+        )
+    )
     folder = config.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "common.yaml").write_text(common)
@@ -76,6 +82,8 @@ def tune(config: Config, choices: Sequence[str]) -> dict[str, Any]:
     finally:
         if own:
             ray.shutdown()
+    if len(results.errors) == len(results):
+        raise ValueError(f"every trial has failed, the first one with: {results.errors[0]}")
     found = [results[k] for k in range(len(results))]
     trials = {r.metrics["name"]: {**(r.config or {}), **r.metrics} for r in found if r.metrics}
     score = {name: row.get("loss_validation", row.get("loss", float("inf"))) for name, row in trials.items()}
