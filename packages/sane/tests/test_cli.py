@@ -177,3 +177,17 @@ def test_a_zoo_prepared_otherwise_than_the_model_is_refused(workshop, tmp_path, 
     assert "tokens of 50 scalars" in line and "prepare the zoo with its token_size and ignore_bn" in line
     said(capsys, "preprocess", workshop / "zoo", "-o", other, "--token-size", 40, "--split", "published")
     assert "aligned with another reference" in error(capsys, "predict", workshop / "results" / "small", other)
+
+
+def test_missing_images_are_fetched_if_asked_for(tmp_path, monkeypatch, capsys):
+    def fetch(source, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        images, labels = np.zeros((40, 28, 28), np.uint8), (np.arange(40) % 10).astype(np.uint8)
+        parts = {f"{part}_images": images for part in ("train", "test")}
+        np.savez(folder / "mnist.npz", **parts, train_labels=labels, test_labels=labels)
+
+    monkeypatch.setattr("zoo_common.datasets._torchvision_download", fetch)
+    arguments = ["zoo", "train", "mnist", tmp_path / "zoo", "--runs", 1, "--epochs", 1, "--data-dir", tmp_path / "data"]
+    arguments += ["training::batchsize=10"]
+    assert "--download" in error(capsys, *arguments)
+    assert said(capsys, *arguments, "--download")["runs"] == 1

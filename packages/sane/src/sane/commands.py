@@ -163,7 +163,7 @@ def diagnose(command: DiagnoseCommand) -> None:
     condition: Callable[[Tensor], Tensor] | None = None
     note = "none"
     try:
-        networks, splits = _networks_and_images(prepared, command.data, command.data_dir)
+        networks, splits = _networks_and_images(prepared, command)
         accuracy = lambda vectors: networks.accuracy(vectors, first_images(splits.validation, 1000))
         condition = _conditioning(networks, splits, command.condition, 0)
     except (FileNotFoundError, ValueError) as error:
@@ -283,7 +283,7 @@ def sample(command: SampleCommand) -> None:
             _check_folder(path)
     model, prepared = _model_and_zoo(command.model, command.prepared, command.device)
     judged = command.strategy != "plain" or not command.no_compare or command.choose == "best"
-    networks, splits = _networks_and_images(prepared, command.data, command.data_dir) if judged else (None, None)
+    networks, splits = _networks_and_images(prepared, command) if judged else (None, None)
     if splits is not None:
         parts = (first_images(part, command.judge_images) for part in (splits.validation, splits.test))
         splits = Splits(splits.train, *parts)
@@ -417,7 +417,7 @@ def finetune(command: FinetuneCommand) -> None:
     if command.reset_classifier is not None:
         module, state = reset_classifier(module, state, command.reset_classifier, command.seed)
     networks = Networks(module)
-    splits = images_of(content.metadata, shape, command.data, command.data_dir)
+    splits = images_of(content.metadata, shape, command.data, command.data_dir, download=command.download)
     vectors = networks.layout.flatten(state)
     if vectors.ndim == 1:
         vectors = vectors[None]
@@ -493,11 +493,12 @@ def _fitting(model: SaneModel, path: Path) -> Prepared:
     return prepared
 
 
-def _networks_and_images(prepared: Prepared, data: str | None, data_dir: Path | None) -> tuple[Networks, Splits]:
+def _networks_and_images(prepared: Prepared, command: DiagnoseCommand | SampleCommand) -> tuple[Networks, Splits]:
     from sane.preparation import facts_of
 
     constructor, shape = network_of(prepared.zoo)
-    return Networks(constructor()), images_of(facts_of(prepared.zoo), shape, data, data_dir)
+    images = images_of(facts_of(prepared.zoo), shape, command.data, command.data_dir, download=command.download)
+    return Networks(constructor()), images
 
 
 def _conditioning(networks: Networks, splits: Splits, batches: int, seed: int) -> Callable[[Tensor], Tensor] | None:
