@@ -131,6 +131,8 @@ def test_tables_are_printed_for_people(workshop, capsys):
         "score (95 %)" in out and "R2 " in out and "lr is 0.1 for all training checkpoints: nothing to predict" in out
     )
     assert "config:model::type is CNN for all training checkpoints" in out
+    assert main(["predict", small, data, "--properties", "epoch", "--halo", "16", "8", "--resamples", "5"]) == 0
+    assert "an approximation; cosine to full attention: " in capsys.readouterr().out
     assert main(["diagnose", small, data, "--num", "2"]) == 0
     assert "norm ratio" in capsys.readouterr().out
 

@@ -244,6 +244,8 @@ def predict(command: PredictCommand) -> None:
         ],
         [_row(score, list(others)) for score in scores],
     )
+    if cosine is not None:
+        print(f"by windows, an approximation; cosine to full attention: {cosine:.4f}")
     for score in scores:
         if score.note:
             print(f"{score.property} from {score.features}: {score.note}")
