@@ -1,9 +1,11 @@
 """A grid of pretrainings with Ray Tune (extra ``tune``)."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ def tune(config: Config, choices: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         ImportError: The extra ``tune`` is missing.
+        FileExistsError: The folder holds a single training.
         ValueError: A choice is not of this form, or a value does not fit; nothing is trained.
     """
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # workers use this environment as it is
@@ -51,6 +54,8 @@ def tune(config: Config, choices: Sequence[str]) -> dict[str, Any]:
         )
     )
     folder = config.folder.absolute()
+    if (folder / "config.yaml").exists():
+        raise FileExistsError(f"{folder} holds a single training: give another name, with name=NAME before --tune")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "common.yaml").write_text(common)
     for key, values in space.items():
@@ -78,7 +83,8 @@ def tune(config: Config, choices: Sequence[str]) -> dict[str, Any]:
         run_config=ray_tune.RunConfig(name="ray", storage_path=str(folder), verbose=0),
     )
     try:
-        results = tuner.fit()
+        with contextlib.redirect_stdout(sys.stderr):  # Ray's table is progress
+            results = tuner.fit()
     finally:
         if own:
             ray.shutdown()
