@@ -16,8 +16,6 @@ and the tokens are compared. CPU seconds of one thread, imports not counted.
 import argparse
 import itertools
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,6 +23,7 @@ from sane.networks import build_network
 from sane.preparation import PrepareConfig, Prepared, prepare
 from sane.windows import WindowDataset
 from scipy.optimize import linear_sum_assignment
+from timing import seconds
 from torch import Tensor
 from zoo_common import ParameterLayout, Run, Zoo
 from zoo_common.tokens import ChannelTokenizer
@@ -34,16 +33,6 @@ CNN3 = {"model::type": "CNN3", "model::channels_in": 3, "model::o_dim": 10}
 WINDOW = 64
 LAYERS = ("0", "4", "8", "13", "16")
 """Of CNN3: three convolutions and two dense layers, each permuted like its successor's input."""
-
-
-def seconds(call: Callable[[], object], repeats: int = 1) -> float:
-    """Least CPU time of some calls."""
-    times = []
-    for _ in range(repeats):
-        began = time.process_time()
-        call()
-        times.append(time.process_time() - began)
-    return min(times)
 
 
 def plain_tokens(state: State, size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,8 +5,6 @@ Usage: OMP_NUM_THREADS=1 uv run packages/sane/benchmarks/sampling.py [--small]
 
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +14,9 @@ from sane.model import SaneModel
 from sane.networks import build_network
 from sane.preparation import PrepareConfig, prepare
 from sane.sampling import KernelDensity
+from timing import seconds
 from torch import Tensor
 from zoo_common import ParameterLayout, Run, Zoo
-
-
-def seconds(call: Callable[[], object], repeats: int = 3) -> float:
-    """Least CPU time of some calls."""
-    times = []
-    for _ in range(repeats):
-        began = time.process_time()
-        call()
-        times.append(time.process_time() - began)
-    return min(times)
 
 
 def draw_per_token(anchors: np.ndarray, n: int) -> np.ndarray:
@@ -47,7 +36,7 @@ def kde(tokens: int) -> None:
     plain = min(tokens, 1000)
     slow = seconds(lambda: draw_per_token(anchors[:, :plain].double().numpy(), 1), 1) * tokens / plain
     density = KernelDensity("token", shared_noise=True)
-    fast = seconds(lambda: density.draw(anchors, 1))
+    fast = seconds(lambda: density.draw(anchors, 1), 3)
     same = np.abs(density.draw(anchors[:, :50], 4).numpy() - draw_per_token(anchors[:, :50].double().numpy(), 4)).max()
     print(
         f"KDE draw of {tokens} tokens: {slow:.3f} s in a loop, {fast:.4f} s closed form, {slow / fast:.0f}x, apart {same:.1e}"
@@ -98,11 +87,11 @@ def decode(zoo: Zoo, networks: int) -> None:
         config = AutoencoderConfig(289, prepared.max_positions, 64, d, 4, layers, 32)
         model = SaneModel(Autoencoder(config), prepared.tokenizer, prepared.normalization, prepared.reference)
         z = torch.randn(networks, prepared.tokenizer.shape[0], 32)
-        together = seconds(lambda: model.decode(z))  # noqa: B023
-        alone = seconds(lambda: plain_decode(model, z))  # noqa: B023
+        together = seconds(lambda: model.decode(z), 3)  # noqa: B023
+        alone = seconds(lambda: plain_decode(model, z), 3)  # noqa: B023
         with torch.no_grad():
             p = model.tokenizer.positions.expand(networks, -1, -1)
-            network = seconds(lambda: model.autoencoder.decode(z, p))  # noqa: B023
+            network = seconds(lambda: model.autoencoder.decode(z, p), 3)  # noqa: B023
         theirs = model.tokenizer.layout.stack(plain_decode(model, z))
         apart = (model.decode(z) - theirs).abs().max().item()
         print(
@@ -118,7 +107,7 @@ def sample(model: SaneModel, networks: int, decoding: float, what: str) -> None:
     anchors = torch.randn(10, model.tokenizer.shape[0], 32)
     plain = decoding + seconds(lambda: draw_per_token(anchors.double().numpy(), 1), 1)
     density = KernelDensity("token", shared_noise=True)
-    ours = seconds(lambda: model.decode(density.draw(anchors, networks))) / networks
+    ours = seconds(lambda: model.decode(density.draw(anchors, networks)), 3) / networks
     print(
         f"sampling {networks} CNN3 around 10 anchors, {what}: {1e3 * plain:.2f} ms each as published, "
         f"{1e3 * ours:.2f} ms in a batch, {plain / ours:.1f}x"

@@ -74,11 +74,12 @@ def test_the_commands_from_a_zoo_to_samples(workshop, tmp_path, capsys):
 
     report = said(capsys, "predict", small, data, "--elsewhere", data, "--resamples", 50)
     names = {(score["property"], score["features"]) for score in report["scores"]}
-    assert len(names) == 15 and {("ggap", "spectra"), ("epoch", "embedding by layer")} <= names
+    assert len(names) == 18 and {("ggap", "spectra"), ("epoch", "embedding by layer")} <= names
     assert all(str(data) in s["elsewhere"] for s in report["scores"] if s["r2"] is not None)
 
     seen = said(capsys, "diagnose", small, data, "--num", 3)
     assert len(seen["layers"]) == 5 and 0 <= seen["accuracy_before"] <= 1 and seen["note"] == "none"
+    assert (seen["warning"] is None) == (seen["relative_error"] < 0.9)
 
     new = tmp_path / "new.safetensors"
     sampled = said(
@@ -114,6 +115,7 @@ def test_the_commands_from_a_zoo_to_samples(workshop, tmp_path, capsys):
     assert tuned.keys() == {"zero-shot", "after epoch 1", "ensemble"}
     said(capsys, "finetune", new, "--epochs", 1, "--train-images", 64, "--reset-classifier", 12)
     said(capsys, "align", workshop / "zoo", tmp_path / "aligned")
+    assert "not made by this command" in error(capsys, "align", workshop / "zoo", tmp_path / "aligned", "--each")
     aligned, zoo = Zoo.open(tmp_path / "aligned"), Zoo.open(workshop / "zoo")
     assert set(aligned.run_ids) == set(zoo.run_ids)
     run = zoo.run_ids[0]
@@ -129,6 +131,8 @@ def test_tables_are_printed_for_people(workshop, capsys):
         "score (95 %)" in out and "R2 " in out and "lr is 0.1 for all training checkpoints: nothing to predict" in out
     )
     assert "config:model::type is CNN for all training checkpoints" in out
+    assert main(["predict", small, data, "--properties", "epoch", "--halo", "16", "8", "--resamples", "5"]) == 0
+    assert "an approximation; cosine to full attention: " in capsys.readouterr().out
     assert main(["diagnose", small, data, "--num", "2"]) == 0
     assert "norm ratio" in capsys.readouterr().out
 
@@ -139,6 +143,11 @@ def test_problems_are_one_line_with_a_remedy(workshop, tmp_path, capsys):
         "there is no zoo": ["preprocess", tmp_path / "absent"],
         "--token-size must be a number": ["preprocess", zoo, "--token-size", "big"],
         "no training checkpoint": ["preprocess", zoo, "--steps", 99, "-o", tmp_path / "x.safetensors"],
+        f"{tmp_path} is a folder": ["preprocess", zoo, "-o", tmp_path],
+        "give the one that `sane preprocess` has written": ["predict", small, zoo],
+        "there is no file": ["pretrain", "small", f"prepared={tmp_path / 'absent'}"],
+        "dropout must be from 0 to below 1, got 1.5": ["pretrain", "small", f"prepared={data}", f"out_dir={tmp_path}", "model.window=12", "model.dropout=1.5", "training.batch=4"],
+        "--limit-seconds does not go with --tune": ["pretrain", "small", "--tune", "training.gamma=0,1", "--limit-seconds", 1],
         "does not exist": ["preprocess", zoo, "-o", tmp_path / "a" / "b.safetensors"],
         "there is no model": ["embed", tmp_path, zoo, "-o", tmp_path / "x.safetensors"],
         "halo (9) must be from 0 to below the window (8)": ["embed", small, zoo, "--halo", 8, 9],
@@ -151,6 +160,7 @@ def test_problems_are_one_line_with_a_remedy(workshop, tmp_path, capsys):
         "--resamples must be at least 1": ["predict", small, data, "--resamples", 0],
         "--num must be at least 1": ["diagnose", small, data, "--num", 0],
         "--batch must be at least 1": ["finetune", data, "--batch", 0],
+        "holds no networks: give a file of `sane sample`": ["finetune", small / "model.safetensors"],
         "is the zoo itself": ["align", zoo, zoo],
         "draws must be at least 10": ["sample", small, data, "--anchors", 2, "--strategy", "subsampled", "--draws", 3, "-o", tmp_path / "x.safetensors"],
         "device must be auto, cpu or cuda": ["pretrain", "small", "device=tpu"],
@@ -169,3 +179,17 @@ def test_a_zoo_prepared_otherwise_than_the_model_is_refused(workshop, tmp_path, 
     assert "tokens of 50 scalars" in line and "prepare the zoo with its token_size and ignore_bn" in line
     said(capsys, "preprocess", workshop / "zoo", "-o", other, "--token-size", 40, "--split", "published")
     assert "aligned with another reference" in error(capsys, "predict", workshop / "results" / "small", other)
+
+
+def test_missing_images_are_fetched_if_asked_for(tmp_path, monkeypatch, capsys):
+    def fetch(source, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        images, labels = np.zeros((40, 28, 28), np.uint8), (np.arange(40) % 10).astype(np.uint8)
+        parts = {f"{part}_images": images for part in ("train", "test")}
+        np.savez(folder / "mnist.npz", **parts, train_labels=labels, test_labels=labels)
+
+    monkeypatch.setattr("zoo_common.datasets._torchvision_download", fetch)
+    arguments = ["zoo", "train", "mnist", tmp_path / "zoo", "--runs", 1, "--epochs", 1, "--data-dir", tmp_path / "data"]
+    arguments += ["training::batchsize=10"]
+    assert "--download" in error(capsys, *arguments)
+    assert said(capsys, *arguments, "--download")["runs"] == 1

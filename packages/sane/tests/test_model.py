@@ -77,6 +77,14 @@ def test_a_zoo_a_folder_and_a_file_have_the_same_embeddings(model, workshop, tmp
     assert "approximation" in windows.method and 0.5 < windows.cosine <= 1
 
 
+def test_networks_that_are_not_finite_are_named(model, prepared, tmp_path):
+    vector = prepared.reference.clone()
+    vector[3] = torch.nan
+    torch.save(model.tokenizer.layout.unflatten(vector), tmp_path / "broken.pt")
+    with pytest.raises(ValueError, match=r"broken\.pt: broken has weights that are not finite: leave it out"):
+        embed(model, tmp_path / "broken.pt")
+
+
 def test_embeddings_do_not_depend_on_the_order_of_hidden_units(model, prepared, tmp_path):
     vector = prepared.zoo.params[0, 2][None]
     permuted = prepared.symmetry.permute(vector, torch.Generator().manual_seed(3))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sane.features import tensor_statistics
 from sane.prediction import (
     Labelled,
     PropertyPredictor,
@@ -12,6 +13,7 @@ from sane.prediction import (
     resample_runs,
     ridge_path,
 )
+from zoo_common import ParameterLayout
 
 
 def group(name, runs, per_run=4, seed=0, noise=0.1, d=5):
@@ -148,3 +150,14 @@ def test_groups_that_are_too_small_or_overlap_are_refused():
 def test_kendall_tau_of_constants_is_nan():
     assert np.isnan(kendall_tau(torch.zeros(4), torch.arange(4.0)))
     assert kendall_tau(torch.arange(4.0), torch.arange(4.0)) == 1
+
+
+def test_tensor_statistics_keep_biases_apart_from_weights():
+    layout = ParameterLayout.from_state_dict({"a.weight": torch.zeros(3, 2), "a.bias": torch.zeros(3)})
+    vectors = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    found = tensor_statistics(vectors, layout)
+    weights, bias = vectors.double().numpy()[:, :6], vectors.double().numpy()[:, 6:]
+    for k, x in enumerate((weights, bias)):
+        expected = np.stack([x.mean(1), np.log(x.std(1)), np.log(np.abs(x).mean(1))], 1)
+        np.testing.assert_allclose(found[:, 3 * k : 3 * k + 3], expected, rtol=1e-12)
+    assert tensor_statistics(torch.zeros(1, 9), layout).isfinite().all()

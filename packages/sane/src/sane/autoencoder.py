@@ -41,6 +41,8 @@ class AutoencoderConfig:
         for name in ("token_size", "window", "d_model", "heads", "layers", "latent"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout}")
         if self.d_model % (2 * self.heads):
             raise ValueError(f"d_model ({self.d_model}) must be a multiple of 2 * heads ({2 * self.heads})")
         if len(self.max_positions) not in (2, 3) or min(self.max_positions) < 1:

@@ -129,6 +129,8 @@ class DiagnoseCommand:
     """Batches of images that batch norms see after the reconstruction."""
     data_dir: Path | None = None
     """Folder with the data files of the task; without data there are no accuracies."""
+    download: bool = False
+    """Let torchvision fetch missing files into --data-dir."""
     data: str | None = None
     """Data set, for zoos that name no task: digits, mnist, fashion_mnist or cifar10."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -165,7 +167,7 @@ class PredictCommand:
     """File of `sane preprocess`."""
     properties: tuple[str, ...] = ("test_acc", "epoch", "ggap")
     """Metrics of the zoo, epoch, ggap, or config:KEY (a text, as config:model::init_type, is classified)."""
-    baselines: tuple[str, ...] = ("layer statistics", "weights", "spectra")
+    baselines: tuple[str, ...] = ("layer statistics", "tensor statistics", "weights", "spectra")
     """Features to compare with: also `first weights`, `last weights`, `random weights`."""
     elsewhere: tuple[Path, ...] = ()
     """Prepared files of other zoos, on which the same predictors are judged (out of distribution)."""
@@ -235,6 +237,8 @@ class SampleCommand:
     """Draws everything."""
     data_dir: Path | None = None
     """Folder with the data files of the task."""
+    download: bool = False
+    """Let torchvision fetch missing files into --data-dir."""
     data: str | None = None
     """Data set, for zoos that name no task: digits, mnist, fashion_mnist or cifar10."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -262,6 +266,8 @@ class FinetuneCommand:
     """Data set: digits, mnist, fashion_mnist or cifar10; default: that of the task."""
     data_dir: Path | None = None
     """Folder with the data files."""
+    download: bool = False
+    """Let torchvision fetch missing files into --data-dir."""
     train_images: int | None = None
     """Use at most this many training images."""
     seed: int = 0
@@ -311,6 +317,8 @@ class ZooTrainCommand:
     """Train on a Ray cluster (RAY_ADDRESS; default: one on this machine), one run on each CPU or GPU."""
     data_dir: Path | None = None
     """Folder with the data files."""
+    download: bool = False
+    """Let torchvision fetch missing files into --data-dir."""
     limit_seconds: float | None = None
     """Stop after this time; the same command goes on."""
     json: bool = False

@@ -42,6 +42,9 @@ from sane.properties import DEFAULTS
 from sane.reconstruction import reconstruct
 from sane.sampling import KernelDensity, Sampler
 
+_LOST = 0.9
+"""Relative error of the reconstruction from which an autoencoder has learned next to nothing."""
+
 
 def preprocess(command: PreprocessCommand) -> None:
     """Prepare a zoo and say what was found."""
@@ -82,12 +85,17 @@ def align(command: AlignCommand) -> None:
     """Write an aligned copy of a zoo."""
     if command.out.resolve() == command.zoo.resolve():
         raise ValueError(f"{command.out} is the zoo itself: give another folder for the aligned copy")
-    zoo = Zoo.open(command.zoo)
-    prepared = prepare(
-        zoo, PrepareConfig(align="each" if command.each else "last", normalization="none"), quiet=command.json
-    )
+    zoo, config = Zoo.open(command.zoo), PrepareConfig(align="each" if command.each else "last", normalization="none")
+    if (command.out / "zoo.json").exists() and Zoo.open(command.out).attributes.get("aligned") != config.align:
+        raise ValueError(f"{command.out} holds a zoo that was not made by this command: give another folder")
+    prepared = prepare(zoo, config, quiet=command.json)
     copy = Zoo.create(
-        command.out, layout=zoo.layout, task=zoo.task, split=zoo.fractions, attributes=zoo.attributes, exist_ok=True
+        command.out,
+        layout=zoo.layout,
+        task=zoo.task,
+        split=zoo.fractions,
+        attributes={**zoo.attributes, "aligned": config.align},
+        exist_ok=True,
     )
     for split, samples in prepared.samples.items():
         for number in dict.fromkeys(samples.runs.tolist()):
@@ -121,13 +129,15 @@ def pretrain(command: PretrainCommand) -> int:
     if command.show:
         print(config_to_yaml(config), end="")
         return 0
+    if command.dry_run:
+        show(dataclasses.asdict(pretraining.forecast(config)), command.json)
+        return 0
     if command.tune:
         from sane.tuning import tune
 
+        if command.limit_seconds is not None:
+            raise ValueError("--limit-seconds does not go with --tune: every trial is trained to its end")
         show(tune(config, command.tune), command.json)
-        return 0
-    if command.dry_run:
-        show(dataclasses.asdict(pretraining.forecast(config)), command.json)
         return 0
     report = pretraining.pretrain(
         config, resume=command.resume, limit_seconds=command.limit_seconds, quiet=command.json
@@ -153,15 +163,20 @@ def diagnose(command: DiagnoseCommand) -> None:
     condition: Callable[[Tensor], Tensor] | None = None
     note = "none"
     try:
-        networks, splits = _networks_and_images(prepared, command.data, command.data_dir)
+        networks, splits = _networks_and_images(prepared, command)
         accuracy = lambda vectors: networks.accuracy(vectors, first_images(splits.validation, 1000))
         condition = _conditioning(networks, splits, command.condition, 0)
     except (FileNotFoundError, ValueError) as error:
         note = f"no accuracies: {error}"
     found = reconstruct(model, prepared.vectors(command.split, rows), accuracy, condition)
+    warning = None
+    if not found.relative_error < _LOST:
+        warning = (
+            f"relative error {found.relative_error:.2f}: almost nothing comes back, train longer or with more latents"
+        )
     if command.json:
         faulty = [report.layer for report in found.faulty]
-        print(json.dumps({**dataclasses.asdict(found), "faulty": faulty, "note": note}))
+        print(json.dumps(_finite({**dataclasses.asdict(found), "faulty": faulty, "note": note, "warning": warning})))
         return
     _table(
         ["layer", "error", "norm ratio", "cosine", "accuracy alone", "finding"],
@@ -174,6 +189,7 @@ def diagnose(command: DiagnoseCommand) -> None:
             "accuracy after": found.accuracy_after,
             "accuracy conditioned": found.accuracy_conditioned,
             "note": note,
+            "warning": warning,
         },
         False,
     )
@@ -228,6 +244,8 @@ def predict(command: PredictCommand) -> None:
         ],
         [_row(score, list(others)) for score in scores],
     )
+    if cosine is not None:
+        print(f"by windows, an approximation; cosine to full attention: {cosine:.4f}")
     for score in scores:
         if score.note:
             print(f"{score.property} from {score.features}: {score.note}")
@@ -267,7 +285,7 @@ def sample(command: SampleCommand) -> None:
             _check_folder(path)
     model, prepared = _model_and_zoo(command.model, command.prepared, command.device)
     judged = command.strategy != "plain" or not command.no_compare or command.choose == "best"
-    networks, splits = _networks_and_images(prepared, command.data, command.data_dir) if judged else (None, None)
+    networks, splits = _networks_and_images(prepared, command) if judged else (None, None)
     if splits is not None:
         parts = (first_images(part, command.judge_images) for part in (splits.validation, splits.test))
         splits = Splits(splits.train, *parts)
@@ -315,7 +333,7 @@ def sample(command: SampleCommand) -> None:
             "zero-shot",
             "std",
             "best",
-            f"after {command.epochs} epochs",
+            f"after {command.epochs} epoch{'s' if command.epochs > 1 else ''}",
             "best",
             "ensemble",
         ]
@@ -394,12 +412,14 @@ def finetune(command: FinetuneCommand) -> None:
     if command.out is not None:
         _check_folder(command.out)
     content = load_checkpoint(command.networks)
+    if not content.metadata.keys() & {"task", "network"}:
+        raise ValueError(f"{command.networks} holds no networks: give a file of `sane sample`")
     constructor, shape = known_network(content.metadata, str(command.networks))
     module, state = constructor(), content.state
     if command.reset_classifier is not None:
         module, state = reset_classifier(module, state, command.reset_classifier, command.seed)
     networks = Networks(module)
-    splits = images_of(content.metadata, shape, command.data, command.data_dir)
+    splits = images_of(content.metadata, shape, command.data, command.data_dir, download=command.download)
     vectors = networks.layout.flatten(state)
     if vectors.ndim == 1:
         vectors = vectors[None]
@@ -475,11 +495,12 @@ def _fitting(model: SaneModel, path: Path) -> Prepared:
     return prepared
 
 
-def _networks_and_images(prepared: Prepared, data: str | None, data_dir: Path | None) -> tuple[Networks, Splits]:
+def _networks_and_images(prepared: Prepared, command: DiagnoseCommand | SampleCommand) -> tuple[Networks, Splits]:
     from sane.preparation import facts_of
 
     constructor, shape = network_of(prepared.zoo)
-    return Networks(constructor()), images_of(facts_of(prepared.zoo), shape, data, data_dir)
+    images = images_of(facts_of(prepared.zoo), shape, command.data, command.data_dir, download=command.download)
+    return Networks(constructor()), images
 
 
 def _conditioning(networks: Networks, splits: Splits, batches: int, seed: int) -> Callable[[Tensor], Tensor] | None:
@@ -500,6 +521,8 @@ def _check_least(least: int, **values: int | None) -> None:
 
 
 def _check_folder(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a file to write")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.absolute().parent} does not exist")
 

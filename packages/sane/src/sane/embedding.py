@@ -3,7 +3,6 @@
 Shapes: ``n`` checkpoints of ``d`` numbers; embeddings of ``l`` numbers.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +74,10 @@ def embed(model: SaneModel, path: str | Path, *, halo: Halo | None = None, quiet
         path: See :func:`read_networks`.
         halo: Windows instead of full attention: an approximation, whose cosine to full attention is reported.
         quiet: No progress bar.
+
+    Raises:
+        FileNotFoundError: There is nothing.
+        ValueError: A network has other tensors than the model's, or is not finite.
     """
     runs: list[str] = []
     steps: list[int] = []
@@ -94,8 +97,10 @@ def embed(model: SaneModel, path: str | Path, *, halo: Halo | None = None, quiet
         bar.update(len(vectors))
         block.clear()
 
-    with tqdm(desc="embed", unit="checkpoint", disable=quiet, file=sys.stderr, leave=False) as bar:
+    with tqdm(desc="embed", unit="checkpoint", disable=quiet, leave=False, delay=1) as bar:
         for item in read_networks(path, model.tokenizer.layout):
+            if not item[2].isfinite().all():
+                raise ValueError(f"{path}: {item[0]} has weights that are not finite: leave it out")
             block.append(item)
             if sum(params.numel() for _, _, params in block) >= _TOGETHER:
                 finish()

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from zoo_common.layout import ParameterLayout
 from zoo_common.tokens import ChannelTokenizer
 
 _PERCENTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
@@ -35,6 +36,24 @@ def layer_statistics(tokens: Tensor, tokenizer: ChannelTokenizer, *, include_pad
         high = (low + 1).clamp_max(values.shape[1] - 1)
         percentiles = torch.lerp(ordered[:, low], ordered[:, high], share.expand(len(values), -1))
         found.append(torch.cat([values.mean(1)[:, None], values.var(1, correction=0)[:, None], percentiles], dim=1))
+    return torch.cat(found, dim=1)
+
+
+def tensor_statistics(vectors: Tensor, layout: ParameterLayout) -> Tensor:
+    """Mean, and logarithms of the standard deviation and of the mean size, of every tensor: (n, 3 tensors) float64.
+
+    Other than layer statistics these keep biases apart from weights: where biases begin as constants, their spread tells
+    how far a network is trained.
+
+    Args:
+        vectors: Weights (n, d), raw.
+        layout: Where the tensors are.
+    """
+    found = []
+    for span in layout.slices.values():
+        values = vectors[:, span].double()
+        sizes = torch.stack([values.std(1, correction=0), values.abs().mean(1)], 1)
+        found.append(torch.cat([values.mean(1, keepdim=True), sizes.clamp_min(1e-6).log()], 1))
     return torch.cat(found, dim=1)
 
 
@@ -110,6 +129,7 @@ def to_polar(x: Tensor) -> Tensor:
 Baseline = Callable[[Tensor, Tensor, ChannelTokenizer], Tensor]
 BASELINES: dict[str, Baseline] = {
     "layer statistics": lambda raw, tokens, tokenizer: layer_statistics(tokens, tokenizer),
+    "tensor statistics": lambda raw, tokens, tokenizer: tensor_statistics(raw, tokenizer.layout),
     "weights": lambda raw, tokens, tokenizer: raw,
     "first weights": lambda raw, tokens, tokenizer: weight_chunk(raw, min(128, raw.shape[1]), "first"),
     "last weights": lambda raw, tokens, tokenizer: weight_chunk(raw, min(128, raw.shape[1]), "last"),

@@ -114,6 +114,7 @@ def train_zoo(
     chunk: int = 10,
     split: tuple[float, float, float] = (0.7, 0.15, 0.15),
     data_dir: Path | None = None,
+    download: bool = False,
     device: str = "auto",
     ray: bool = False,
     limit_seconds: float | None = None,
@@ -129,6 +130,7 @@ def train_zoo(
         chunk: Runs that are written together; what is not written is trained again after a kill.
         split: Fractions of training, validation and test runs.
         data_dir: Folder with the images, unless they come with scikit-learn.
+        download: Let torchvision fetch them into ``data_dir`` if they are missing.
         device: ``auto``, ``cpu`` or ``cuda``.
         ray: Train on a Ray cluster, a CPU (or GPU) for each run.
         limit_seconds: Stop after this time.
@@ -146,7 +148,8 @@ def train_zoo(
     shape = input_shape(
         {"model::type": plan.network, "model::i_dim": 0, "model::channels_in": 3 if plan.data == "cifar10" else 1}
     )
-    splits = _on(images_of({"data": plan.data}, shape if len(shape) > 1 else None, data_dir=data_dir), plan, place)
+    images = images_of({"data": plan.data}, shape if len(shape) > 1 else None, data_dir=data_dir, download=download)
+    splits = _on(images, plan, place)
     work = ZooWork(plan, splits, seed)
     work.check()
     zoo = Zoo.create(
@@ -159,7 +162,7 @@ def train_zoo(
     )
     parts = _missing(zoo, seed, runs, chunk)
     todo, failed, stopped = sum(map(len, parts)), 0, None
-    bar = tqdm(total=runs, initial=runs - todo, desc=plan.network, unit="run", disable=quiet)
+    bar = tqdm(total=runs, initial=runs - todo, desc=plan.network, unit="run", disable=quiet, leave=False, delay=1)
     with bar, deferred_interrupt() as interrupted, closing(_trained(work, parts, ray=ray)) as results:
         for part in parts:
             done: list[Run | None] = []

@@ -11,7 +11,12 @@ from zoo_common.tasks import get_task
 
 
 def images_of(
-    facts: Mapping[str, Any], shape: tuple[int, ...] | None, data: str | None = None, data_dir: Path | None = None
+    facts: Mapping[str, Any],
+    shape: tuple[int, ...] | None,
+    data: str | None = None,
+    data_dir: Path | None = None,
+    *,
+    download: bool = False,
 ) -> Splits:
     """Images for the networks that the facts of a zoo or model name, in the shape of their inputs.
 
@@ -23,6 +28,7 @@ def images_of(
         shape: Of one input; None: as the data set has them.
         data: Data set, if the facts name none.
         data_dir: Folder with its files.
+        download: Let torchvision fetch them into ``data_dir`` if they are missing.
 
     Raises:
         FileNotFoundError: The data are not there.
@@ -30,9 +36,9 @@ def images_of(
     """
     name = data or facts.get("data")
     if name is not None:
-        splits = load_dataset(name, data_dir)
+        splits = load_dataset(name, data_dir, download=download)
     elif facts.get("task"):
-        task = get_task(facts["task"], data_dir)
+        task = get_task(facts["task"], data_dir, download=download)
         if task.splits is None:
             raise ValueError(f"task {task.name!r} has no images: networks of it cannot be judged here")
         splits = task.splits()

@@ -9,7 +9,6 @@ Shapes: ``n`` checkpoints of ``d`` numbers, ``s`` units in a group, ``k`` tokens
 import dataclasses
 import math
 import random
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -182,6 +181,8 @@ def open_prepared(path: str | Path, zoo: Zoo | str | Path | None = None) -> Prep
         FileNotFoundError: The file or the zoo is not there.
         ValueError: The file is damaged, or belongs to another zoo.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}: give the one that `sane preprocess` has written")
     file = TensorFile(path, _KIND)
     document, tensors = file.metadata, file.load()
     place = zoo if zoo is not None else Path(document["zoo"])
@@ -234,7 +235,7 @@ def prepare(zoo: Zoo | str | Path, config: PrepareConfig | None = None, *, quiet
     dropped: dict[str, int] = {}
     samples: dict[str, Samples] = {}
     count = rows = 0
-    with tqdm(total=sum(map(len, chosen.values())), desc="check", disable=quiet, file=sys.stderr, leave=False) as bar:
+    with tqdm(total=sum(map(len, chosen.values())), desc="check", disable=quiet, leave=False, delay=1) as bar:
         for split, runs in chosen.items():
             found = []
             for run in runs.tolist():
@@ -369,7 +370,7 @@ def _match(prepared: Prepared, quiet: bool) -> list[Tensor]:
     _, first_from_behind = np.unique(rows[::-1], return_index=True)
     pick = len(rows) - 1 - first_from_behind  # the last checkpoint of every row of the table
     symmetry, parts = prepared.symmetry, []
-    with tqdm(total=len(pick), desc="align", disable=quiet, file=sys.stderr, leave=False) as bar:
+    with tqdm(total=len(pick), desc="align", disable=quiet, leave=False, delay=1) as bar:
         for place in _places(len(pick), zoo.layout.size):
             vectors = zoo.params.gather(runs[pick[place]], checkpoints[pick[place]])
             parts.append(symmetry.match(vectors, prepared.reference))

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -185,8 +184,8 @@ class Pretraining:
             desc="pretrain",
             unit="step",
             disable=quiet,
-            file=sys.stderr,
             leave=False,
+            delay=1,
         )
         with bar, deferred_interrupt() as interrupted:
             if self.step == 0 and t.test_every:

@@ -1,9 +1,11 @@
 """A grid of pretrainings with Ray Tune (extra ``tune``)."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ def tune(config: Config, choices: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         ImportError: The extra ``tune`` is missing.
+        FileExistsError: The folder holds a single training.
         ValueError: A choice is not of this form, or a value does not fit; nothing is trained.
     """
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # workers use this environment as it is
@@ -43,8 +46,16 @@ def tune(config: Config, choices: Sequence[str]) -> dict[str, Any]:
                 f"--tune {choice!r} must have the form key=value,value, for example training.gamma=0.05,0.5"
             )
         space[key] = [yaml.safe_load(value) for value in text.split(",")]
-    common = config_to_yaml(dataclasses.replace(config, prepared=str(Path(config.prepared).absolute())))
+    common = config_to_yaml(
+        dataclasses.replace(
+            config,
+            prepared=str(Path(config.prepared).absolute()),  # trials run in folders of their own
+            zoo=None if config.zoo is None else str(Path(config.zoo).absolute()),
+        )
+    )
     folder = config.folder.absolute()
+    if (folder / "config.yaml").exists():
+        raise FileExistsError(f"{folder} holds a single training: give another name, with name=NAME before --tune")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "common.yaml").write_text(common)
     for key, values in space.items():
@@ -72,10 +83,13 @@ def tune(config: Config, choices: Sequence[str]) -> dict[str, Any]:
         run_config=ray_tune.RunConfig(name="ray", storage_path=str(folder), verbose=0),
     )
     try:
-        results = tuner.fit()
+        with contextlib.redirect_stdout(sys.stderr):  # Ray's table is progress
+            results = tuner.fit()
     finally:
         if own:
             ray.shutdown()
+    if len(results.errors) == len(results):
+        raise ValueError(f"every trial has failed, the first one with: {results.errors[0]}")
     found = [results[k] for k in range(len(results))]
     trials = {r.metrics["name"]: {**(r.config or {}), **r.metrics} for r in found if r.metrics}
     score = {name: row.get("loss_validation", row.get("loss", float("inf"))) for name, row in trials.items()}

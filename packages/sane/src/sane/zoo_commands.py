@@ -35,6 +35,7 @@ def zoo_train(command: ZooTrainCommand) -> int:
         chunk=command.chunk,
         split=command.split,
         data_dir=command.data_dir,
+        download=command.download,
         device=command.device,
         ray=command.ray,
         limit_seconds=command.limit_seconds,

@@ -22,7 +22,7 @@ from zoo_common.zoo import Run
 
 from sane.networks import build_network
 
-EVALUATED = 1000
+EVALUATED = 500
 """Images that go through a network at a time when it is judged."""
 OPTIMIZERS: dict[str, Callable[[Any, Mapping[str, Any]], torch.optim.Optimizer]] = {
     "adam": lambda weights, c: torch.optim.Adam(weights, lr=c["optim::lr"], weight_decay=c["optim::wd"]),

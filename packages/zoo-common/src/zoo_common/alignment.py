@@ -23,11 +23,14 @@ Moves = Mapping[str, Mapping[int, Sequence[tuple[int, Entry]]]]
 _MEMORY = 2**27
 """Numbers in the working copies of the networks that are matched together."""
 
-_WORTH_A_THREAD = 32
+_WORTH_A_THREAD = 64
 """Units from which on an assignment takes longer than handing it to a thread."""
 
 _TOGETHER = 2**20
 """Numbers of several networks' tensors that are worth one product for all of them."""
+
+_SMALL = 2**14
+"""Numbers of a tensor up to which all its positions are worth less time than finding those that moved."""
 
 
 def _assign(similarity: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,6 +84,7 @@ class _Term:
         """Take the tensors (n, numel) of the networks to match."""
         self.networks = self.arrange(tensors)
         self.index: Tensor | None = None
+        self.stamp: list[int] | None = None
 
     def add(self, total: Tensor, index: Tensor) -> Tensor:
         """Bring the similarities ``total`` (n, s, s) up to permutations (n, m) of the other axis; which changed (n,)."""
@@ -90,6 +94,14 @@ class _Term:
             self.index = index
             return torch.ones_like(every, dtype=torch.bool)
         moved = index != self.index
+        if self.networks[0].numel() <= _SMALL:
+            rows = moved.any(1).nonzero()[:, 0]
+            part = total[rows]
+            new, old = (self._taken(rows, x[rows]) for x in (index, self.index))
+            _add_products(part, self.reference[None], new.sub_(old))
+            total[rows] = part
+            self.index = index
+            return moved.any(1)
         counts = moved.sum(1)
         order = counts.argsort()[(counts == 0).sum() :]
         for rows in order.split(max(1, _TOGETHER // self.networks[0].numel())):  # similar counts together
@@ -156,6 +168,7 @@ class Matching:
         for term in (term for terms in self.terms for term in terms):
             term.load(vectors[:, self.layout.slices[term.entry.tensor]])
         count = len(self.groups)
+        self.gains = [0] * count
         totals = [vectors.new_zeros(len(vectors), group.size, group.size) for group in self.groups]
         for _ in range(max_sweeps):
             order = range(count) if generator is None else torch.randperm(count, generator=generator).tolist()
@@ -168,6 +181,10 @@ class Matching:
         """Solve one group for the networks whose similarities have changed; whether any gained."""
         changed = torch.zeros(len(vectors), dtype=torch.bool, device=vectors.device)
         for term in self.terms[g]:
+            stamp = [self.gains[h] for h, _ in self._others(term.entry)]
+            if stamp == term.stamp:  # nothing that it depends on has changed
+                continue
+            term.stamp = stamp
             changed |= term.add(total, self._index(term, permutations))
         rows = changed.nonzero()[:, 0]
         if not len(rows):
@@ -177,7 +194,9 @@ class Matching:
             gained &= self._gain(g, found, permutations, vectors, rows) > 0
             found = torch.where(gained[:, None], found, permutations[g][rows])
         permutations[g][rows] = found
-        return bool(gained.any())
+        progress = bool(gained.any())
+        self.gains[g] += progress
+        return progress
 
     def _index(self, term: _Term, permutations: Sequence[Tensor]) -> Tensor:
         """Where the positions of a term's other axis are taken from, (n, m)."""
