@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from zoo_common.checkpoint import load_training
+from zoo_common.checkpoint import load_checkpoint, load_training
 from zoo_common.files import read_json
 
 from pilimit.checkpoint import load_net
@@ -35,10 +35,14 @@ def build_net(config: TrainConfig, d_in: int, d_out: int, device: torch.device) 
     generator = torch.Generator().manual_seed(config.seed)
     alphas = (config.first_layer_alpha, config.last_layer_alpha, config.bias_alpha, config.last_bias_alpha)
     if config.model_path is not None:
-        limit = load_net(config.model_path).to(dtype)
+        limit = open_infinite(config.model_path).to(dtype)
         if (limit.d_in, limit.d_out) != (d_in, d_out):
             raise ValueError(
                 f"{config.model_path} maps {limit.d_in} to {limit.d_out} values, the data {d_in} to {d_out}"
+            )
+        if limit.depth != config.depth:
+            raise ValueError(
+                f"{config.model_path} has depth {limit.depth}, not {config.depth}: give --depth {limit.depth}"
             )
     elif config.infinite:
         limit = InfMLP(
@@ -62,7 +66,9 @@ def build_net(config: TrainConfig, d_in: int, d_out: int, device: torch.device) 
 
 
 def open_net(path: Path, device: torch.device | str = "cpu") -> PiMLP:
-    """A net of a run's folder (finite or infinite), a folder of atoms, or a published file."""
+    """A net of a run's folder (finite or infinite), a folder of atoms, a published file, or a finite net of `sample`."""
+    if path.suffix == ".safetensors" and path.is_file():
+        return _open_sample(path).to(device)
     if not (path / CONFIG).is_file():
         return load_net(path).to(device)
     if (path / NET).is_dir():
@@ -72,4 +78,26 @@ def open_net(path: Path, device: torch.device | str = "cpu") -> PiMLP:
     net = build_net(config, d_in, d_out, torch.device(device))
     optimizer = PiSGD(param_groups(net), 0.0)
     load_training(path / STATE, modules={"net": net}, optimizers={"sgd": optimizer})
+    return net
+
+
+def _open_sample(path: Path) -> FinMLP:
+    saved = load_checkpoint(path)
+    options = {name: value for name, value in saved.metadata.items() if name != "seed"}
+    if "width" not in options:
+        raise ValueError(f"{path} holds no net of `pilimit sample`")
+    net = FinMLP(**options | {"dtype": getattr(torch, options["dtype"])})
+    net.load_state_dict(saved.state)
+    return net
+
+
+def open_infinite(path: Path) -> InfMLP:
+    """The same, for what only an infinite net can do.
+
+    Raises:
+        ValueError: It is a finite one.
+    """
+    net = open_net(path)
+    if not isinstance(net, InfMLP):
+        raise ValueError(f"{path} holds a finite net: an infinite one is needed")
     return net

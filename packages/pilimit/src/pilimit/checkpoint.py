@@ -144,6 +144,8 @@ def load_net(path: str | Path, *, mapped: bool = False, device: str | torch.devi
         ValueError: It is truncated, damaged, or no net.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no folder or file {path}: give a run, a folder of atoms or a published file")
     if not path.is_dir():
         return _load_published(path).to(device)
     file = TensorFile(path / FILE, _NET)

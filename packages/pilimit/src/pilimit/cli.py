@@ -33,7 +33,7 @@ class ConvertConfig:
     """Write a published checkpoint (library, original object, converted original) as a folder of our own format."""
 
     source: tyro.conf.Positional[Path]
-    """The published file."""
+    """The published file, or the folder of a run."""
     target: tyro.conf.Positional[Path]
     """Folder to write; it must not exist, or be empty."""
     json: bool = False
@@ -41,11 +41,12 @@ class ConvertConfig:
 
 
 def _convert(config: ConvertConfig) -> None:
-    from pilimit.checkpoint import load_net, save_net
+    from pilimit.building import open_infinite
+    from pilimit.checkpoint import save_net
 
     if config.target.exists() and (not config.target.is_dir() or any(config.target.iterdir())):
         raise ValueError(f"{config.target} exists and is not an empty folder: name another, or remove it")
-    net = load_net(config.source)
+    net = open_infinite(config.source)
     save_net(config.target, net)
     result = net.config | {"atoms": [len(layer.atoms) for layer in net.infinite_layers()]}
     if config.json:
@@ -56,7 +57,7 @@ def _convert(config: ConvertConfig) -> None:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Write a finite net that is sampled from an infinite one, as safetensors."""
+    """Write a finite net that is sampled from an infinite one, as safetensors; `pilimit eval` reads it."""
 
     source: tyro.conf.Positional[Path]
     """Folder of a run or of atoms, or a published file."""
@@ -66,22 +67,22 @@ class SampleConfig:
     """Units per hidden layer."""
     seed: int = 0
     """Of the sample."""
+    json: bool = False
+    """Print one JSON object."""
 
 
 def _sample(config: SampleConfig) -> None:
     import torch
     from zoo_common.checkpoint import save_checkpoint
 
-    from pilimit.building import open_net
+    from pilimit.building import open_infinite
     from pilimit.finite import FinMLP
-    from pilimit.infinite import InfMLP
 
-    net = open_net(config.source)
-    if not isinstance(net, InfMLP):
-        raise ValueError(f"{config.source} holds a finite net: only an infinite one can be sampled")
+    net = open_infinite(config.source)
     finite = FinMLP.sample(net, config.width, generator=torch.Generator().manual_seed(config.seed))
-    save_checkpoint(config.target, finite.state_dict(), net.config | {"width": config.width, "seed": config.seed})
-    print(f"{config.target}: width {config.width}, depth {net.depth}")
+    result = net.config | {"width": config.width, "seed": config.seed}
+    save_checkpoint(config.target, finite.state_dict(), result)
+    print(json.dumps(result) if config.json else f"{config.target}: width {config.width}, depth {net.depth}")
 
 
 def _train(config: TrainConfig) -> int:

@@ -60,7 +60,7 @@ def run_eval(config: EvalConfig) -> int:
     settings = _settings(config)
     device = choose_device(settings)
     net = open_net(config.source, device)
-    if config.width is not None:
+    if config.width:
         if not isinstance(net, InfMLP):
             raise ValueError(f"{config.source} holds a finite net, which cannot be sampled at --width {config.width}")
         net = FinMLP.sample(net, config.width, generator=torch.Generator(device).manual_seed(config.seed))
