@@ -123,6 +123,12 @@ def test_backward_after_a_step_is_an_error():
         second.backward()
 
 
+def test_second_derivatives_are_refused_instead_of_wrong():
+    net, x = make(), random(4, 6).requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivatives: leave out create_graph"):
+        torch.autograd.grad(net(x).sum(), x, create_graph=True)
+
+
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -2,7 +2,7 @@
 
 import copy
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -308,6 +308,60 @@ class AtomsParameter(nn.Parameter):
         """Number and widths of the atoms."""
         atoms = self.atoms
         return f"AtomsParameter({len(atoms)} atoms, r={atoms.r}, r_out={atoms.r_out}, {atoms.dtype})"
+
+
+class AtomsModule(nn.Module):
+    """A module with atoms as its ``weight``, which are A, B and Amult in its state dict: valid rows only."""
+
+    weight: AtomsParameter
+
+    @property
+    def atoms(self) -> Atoms:
+        """The state."""
+        return self.weight.atoms
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move and convert, atoms included."""
+        target = fn(torch.empty(0, dtype=self.atoms.dtype, device=self.atoms.device))
+        super()._apply(fn, recurse)
+        self.atoms.to(target.dtype, target.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + "weight"]
+        a, b, amult = self.atoms.tensors()
+        destination |= {prefix + "A": a, prefix + "Amult": amult, prefix + "B": b}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        *rest: Any,  # noqa: ANN401
+    ) -> None:
+        names = {name: prefix + name for name in ("A", "B", "Amult")}
+        present = {name: state_dict.pop(key) for name, key in names.items() if key in state_dict}
+        missing += [key for name, key in names.items() if name not in present]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
+        if prefix + "weight" in missing:
+            missing.remove(prefix + "weight")
+        if len(present) == 3:
+            problem = self._misfit(present)
+            if problem:
+                rest[-1].append(f"{prefix}{problem}")
+            else:
+                self.atoms.clear()
+                self.atoms.append(present["A"], present["B"], present["Amult"].to(self.weight))
+
+    def _misfit(self, tensors: Mapping[str, Tensor]) -> str | None:
+        count = len(tensors["A"])
+        for name, shape in (("A", (count, self.atoms.r_out)), ("B", (count, self.atoms.r)), ("Amult", (count,))):
+            if tuple(tensors[name].shape) != shape:
+                return f"{name}: expected {shape}, got {tuple(tensors[name].shape)}"
+        return None
 
 
 def align(velocity: "Tensor | Sequence[Tensor]", atoms: Atoms) -> list[Tensor]:
