@@ -65,14 +65,20 @@ def build_net(config: TrainConfig, d_in: int, d_out: int, device: torch.device) 
     return net.to(device)
 
 
-def open_net(path: Path, device: torch.device | str = "cpu") -> PiMLP:
-    """A net of a run's folder (finite or infinite), a folder of atoms, a published file, or a finite net of `sample`."""
+def open_net(path: Path, device: torch.device | str = "cpu", *, mapped: bool = False) -> PiMLP:
+    """A net of a run's folder (finite or infinite), a folder of atoms, a published file, or a finite net of `sample`.
+
+    Args:
+        path: The content decides.
+        device: Where the net goes.
+        mapped: Leave the atoms of a folder in their files.
+    """
     if path.suffix == ".safetensors" and path.is_file():
         return _open_sample(path).to(device)
     if not (path / CONFIG).is_file():
-        return load_net(path).to(device)
+        return load_net(path, mapped=mapped).to(device)
     if (path / NET).is_dir():
-        return load_net(path / NET).to(device)
+        return load_net(path / NET, mapped=mapped).to(device)
     config = TrainConfig.from_json(read_json(path / CONFIG)["config"])
     d_in, d_out = read_json(path / CONFIG)["shape"]
     net = build_net(config, d_in, d_out, torch.device(device))

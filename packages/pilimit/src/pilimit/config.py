@@ -290,8 +290,12 @@ class EvalConfig:
     """Images at once."""
     test_subset_size: int | None = None
     """Test on the first so many images."""
+    mapped: bool = False
+    """Leave the atoms of a folder in its files, for a net larger than memory; slower, and sums are not checked."""
     cuda: bool = False
     """Compute on a GPU."""
+    quiet: bool = False
+    """No progress bar."""
     json: bool = False
     """Print one JSON object."""
 
