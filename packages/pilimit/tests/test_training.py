@@ -312,6 +312,40 @@ def test_data_and_nets_that_do_not_fit_are_one_line(capsys, tmp_path):
     assert "has depth 3, not 2: give --depth 3" in told
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "{}", "config.json is no configuration of a run"),
+        ("config.json", "{", "config.json is damaged"),
+        ("metrics.jsonl", "{bad\n", "metrics.jsonl has a line that is no JSON object with a step"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named(tmp_path, capsys, file, content, message):
+    arguments = ["train", "digits", *SMALL, "--epochs", "1", "--save-dir", str(tmp_path), "--quiet"]
+    assert main(arguments) == 0
+    (tmp_path / file).write_text(content)
+    assert message in errors(capsys, *arguments, "--resume")
+
+
+def test_want_of_memory_is_one_line(capsys, monkeypatch):
+    def fail(config, note):
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr("pilimit.commands.train", fail)
+    assert "memory ran out: take a smaller r" in errors(capsys, "train", "digits")
+
+    def fail_otherwise(config, note):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("pilimit.commands.train", fail_otherwise)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["train", "digits"])
+
+
+def test_a_folder_of_something_else_is_named(tmp_path, capsys):
+    assert "is no folder of a run or of atoms" in errors(capsys, "eval", str(tmp_path), "digits")
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_state(tmp_path, capsys):
     arguments = ["train", "digits", *SMALL, "--epochs", "3", "--gclip", "0", "--save-dir", str(tmp_path / "run")]
     arguments[arguments.index("--lr") + 1] = "1e30"

@@ -5,14 +5,13 @@ from typing import Any
 
 import torch
 from zoo_common.checkpoint import load_checkpoint, load_training
-from zoo_common.files import read_json
 
 from pilimit.checkpoint import load_net
 from pilimit.config import TrainConfig
 from pilimit.finite import FinMLP, gaussian_init_
 from pilimit.infinite import InfMLP, PiMLP
 from pilimit.optim import PiSGD, param_groups
-from pilimit.run_folder import CONFIG, NET, STATE
+from pilimit.run_folder import CONFIG, NET, STATE, read_config
 
 
 def choose_device(config: TrainConfig) -> torch.device:
@@ -79,8 +78,8 @@ def open_net(path: Path, device: torch.device | str = "cpu", *, mapped: bool = F
         return load_net(path, mapped=mapped).to(device)
     if (path / NET).is_dir():
         return load_net(path / NET, mapped=mapped).to(device)
-    config = TrainConfig.from_json(read_json(path / CONFIG)["config"])
-    d_in, d_out = read_json(path / CONFIG)["shape"]
+    options, (d_in, d_out) = read_config(path)
+    config = TrainConfig.from_json(options)
     net = build_net(config, d_in, d_out, torch.device(device))
     optimizer = PiSGD(param_groups(net), 0.0)
     load_training(path / STATE, modules={"net": net}, optimizers={"sgd": optimizer})

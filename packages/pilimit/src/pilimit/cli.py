@@ -28,6 +28,10 @@ Planned: transfer, maml, sweep.
 """
 
 
+_NO_MEMORY = ("allocate memory", "out of memory")
+"""How torch tells it."""
+
+
 @dataclass(frozen=True)
 class ConvertConfig:
     """Write a published checkpoint (library, original object, converted original) as a folder of our own format."""
@@ -124,4 +128,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(f"pilimit: {error}\n")
         return 1
-    return run_command("pilimit", DESCRIPTION, commands, arguments)
+    try:
+        return run_command("pilimit", DESCRIPTION, commands, arguments)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _NO_MEMORY):
+            raise
+        sys.stderr.write(
+            "pilimit: memory ran out: take a smaller r, width or batch, or bound the atoms (--max-atoms)\n"
+        )
+        return 1
