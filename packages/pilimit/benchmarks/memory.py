@@ -19,7 +19,6 @@ import torch
 from pilimit import InfPiLinearReLU, PiSGD
 from pilimit.expectations import wide
 from pilimit.propagation import PANEL, chunk
-from torch.nn import functional as F
 from tqdm import tqdm
 
 APPENDED = 1024
@@ -41,6 +40,15 @@ def peak(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def fill(layer: InfPiLinearReLU, atoms: int) -> None:
+    """Append random atoms, all from the same room: new tensors for each part would leave the heap in pieces."""
+    rows = torch.empty(2, min(APPENDED, atoms), layer.n_in, device=layer.weight.device)
+    for start in range(0, atoms, APPENDED):
+        part = rows[:, : atoms - start].normal_()
+        part[1] /= part[1].norm(dim=1, keepdim=True)
+        layer.atoms.append(*part, 1e-3)
+
+
 def train(layer: InfPiLinearReLU, batch: int) -> None:
     """Some steps."""
     optimizer = PiSGD(layer.parameters(), 1e-6, weight_decay=1e-5)
@@ -59,9 +67,7 @@ def measure(r: int, atoms: int, options: argparse.Namespace) -> dict[str, float]
         torch.cuda.reset_peak_memory_stats()
     before = used(device)
     layer = InfPiLinearReLU(r, bias_alpha=0, device=device, dtype=dtype, initial_atoms=0)
-    for start in range(0, atoms, APPENDED):
-        rows = torch.randn(2, min(APPENDED, atoms - start), r, device=device)
-        layer.atoms.append(rows[0], F.normalize(rows[1], dim=1), 1e-3)
+    fill(layer, atoms)
     train(layer, options.batch)
     taken, state = peak(device) - before, layer.atoms
     payload, block = len(state) * state.bytes_per_atom, state.block_size * state.bytes_per_atom

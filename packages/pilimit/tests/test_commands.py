@@ -36,6 +36,7 @@ def test_kernels_classify_digits(capsys, folder):
 
 def test_eval_samples_finite_nets(capsys, folder):
     limit = output(capsys, "eval", folder, "digits")
+    assert output(capsys, "eval", folder, "digits", "--mapped", "--width", "0") == limit
     wide = output(capsys, "eval", folder, "digits", "--width", "2048")
     assert wide["width"] == 2048 and abs(wide["test_loss"] - limit["test_loss"]) < 0.05
 
@@ -56,7 +57,7 @@ def test_widths_draws_the_convergence(capsys, tmp_path):
         (["kernel", "digits", "--kernel-reg", "0"], "the ridge must be positive"),
         (["kernel", "mnist"], "MNIST: no data folder given; name the folder that holds its files with --data-root"),
         (["kernel", "digits", "--memory-budget", "0.001"], "the memory budget is 0.00 GB"),
-        (["eval", "absent", "digits"], "absent"),
+        (["eval", "absent", "digits"], "there is no folder or file absent"),
         (["widths", "digits", "--widths", "16"], "a slope needs two widths"),
     ],
     ids=str,

@@ -38,6 +38,14 @@ def test_an_ensemble_trains_like_its_nets_one_by_one(layernorm, per_param):
             torch.testing.assert_close(q[i], p, rtol=1e-10, atol=1e-12)
 
 
+def test_an_ensemble_is_converted_as_a_whole():
+    x, ensemble = torch.randn(5, 6), FinEnsemble(nets())
+    exact = ensemble(x.double())
+    for dtype, distance in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
+        output = ensemble.to(dtype)(x.to(dtype))
+        assert output.dtype == dtype and (output - exact).norm() < distance * exact.norm()
+
+
 def test_mu_nets_form_ensembles_and_other_shapes_do_not():
     ensemble = FinEnsemble([mu_net(6, 3, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)])
     assert ensemble(torch.randn(5, 6)).shape == (2, 5, 3)

@@ -3,13 +3,15 @@
 import pytest
 import torch
 from pilimit import load_net
-from support.golden import assert_close, assert_stats, fill
+from support.golden import assert_close, assert_stats
 from support.infinite import stats
+from support.recipe import recipe_inputs, recipe_net
 
 
 @pytest.mark.golden("checkpoints.json")
 def test_published_files_hold_the_published_net(golden):
-    x = fill("p_ckpt:probe", (5, 6))
+    recipe = golden.case["recipe"]
+    x, config = recipe_inputs(recipe)["probe"].float(), recipe_net(recipe)
     paths = sorted(golden.path.parent.glob("*.th"))
     assert len(paths) >= 3
     for path in paths:
@@ -23,4 +25,6 @@ def test_published_files_hold_the_published_net(golden):
         assert {str(i): len(layer.atoms) for i, layer in enumerate(net.layers) if i} == {
             key: count for key, count in golden.case["M"].items()
         }
-        assert (net.depth, net.bias_alpha, net.last_bias_alpha, net.first_layer_alpha) == (2, 0.5, 2.0, 1.5)
+        assert {name: getattr(net, name) for name in config if name != "case"} == {
+            name: value for name, value in config.items() if name != "case"
+        }

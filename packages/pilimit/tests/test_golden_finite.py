@@ -1,5 +1,7 @@
 """Finite nets sampled with given omegas: weights, gradients before and after projection, trajectories."""
 
+import re
+
 import pytest
 import torch
 from pilimit import FinMLP, InfMLP, clip_grad_norm_
@@ -95,19 +97,20 @@ def test_wide_nets_approach_the_infinite_one_as_the_published_did(golden):
 
 @pytest.mark.golden("schedules.json")
 def test_schedules_are_the_published_ones(golden):
-    """The names of the entries say the arguments: of each published schedule there is one."""
-    stored = golden.case
-    milestones = multistep([3, 7], 0.5)
-    factors = {
-        "InfMultiStep_milestones_3_7_gamma_0p5": lagged(milestones),
-        "InfCosine_T10": lagged(cosine(10)),
-        "InfExp_lnbase_log0p9": lagged(exponential(0.9)),
-        "InfLinear_total12": lagged(linear(12)),
-        "torch_MultiStepLR_milestones_3_7_gamma_0p5": milestones,
-        "gclip_multistep_0p4_milestones_3_7_gamma_0p5": lambda step: 0.4 * lagged(milestones)(step),
+    """The names of the entries say the arguments, as in ``InfMultiStep_milestones_3_7_gamma_0p5``."""
+    made = {
+        "InfMultiStep": lambda n: lagged(multistep(n[:-1], n[-1])),
+        "InfCosine": lambda n: lagged(cosine(n[0])),
+        "InfExp": lambda n: lagged(exponential(n[0])),
+        "InfLinear": lambda n: lagged(linear(n[0])),
+        "torch": lambda n: multistep(n[:-1], n[-1]),
+        "gclip": lambda n: lambda step: n[0] * lagged(multistep(n[1:-1], n[-1]))(step),
     }
-    for name, factor in factors.items():
-        assert_close([factor(step) for step in range(12)][: len(stored[name])], stored[name], "float64", name)
+    stored = {name: values for name, values in golden.case.items() if name != "recipe"}
+    for name, values in stored.items():
+        numbers = [float(number.replace("p", ".")) for number in re.findall(r"\d+(?:p\d+)?", name)]
+        factor = made[name.split("_")[0]](numbers)
+        assert_close([factor(step) for step in range(len(values))], values, "float64", name)
 
 
 def test_random_finite_nets_have_the_sizes_of_the_infinite_ones():

@@ -8,18 +8,15 @@ from pilimit import KernelModel, clip_grad_norm_, fit_kernel, nngp, ntk
 from pilimit.expansion import expansion_norm
 from pilimit.kernels import feature_kernel, one_hidden_layer
 from pilimit.optim import PiSGD
-from support.golden import assert_close, assert_stats, fill
+from support.golden import assert_close, assert_stats
 from support.infinite import golden_net, golden_optimizer, golden_step, stats
+from support.recipe import recipe_inputs, recipe_list, recipe_net, recipe_number
 from torch.nn import functional as F
-
-
-def inputs():
-    return fill("pk:X", (5, 7)).double(), fill("pk:Y", (4, 7)).double()
 
 
 @pytest.mark.golden("kernels.json", cases="gp")
 def test_nngp_is_the_published_kernel(golden):
-    x, y = inputs()
+    x, y = recipe_inputs(golden.document["recipe"]).values()
     kernel = partial(nngp, varws=golden.case["varws"], varbs=golden.case["varbs"])
     assert_close(kernel(x, y), golden.case["KXY"], "float64")
     assert_close(kernel(x), golden.case["KXX"], "pilimit/float64")
@@ -27,7 +24,7 @@ def test_nngp_is_the_published_kernel(golden):
 
 @pytest.mark.golden("kernels.json", cases="ntk")
 def test_ntk_is_the_exact_one_and_on_request_the_published_one(golden):
-    x, y = inputs()
+    x, y = recipe_inputs(golden.document["recipe"]).values()
     kernel = partial(ntk, **{name: golden.case[name] for name in ("varws", "varbs", "lrws", "lrbs")})
     assert_close(kernel(x, y), golden.case["exact_KXY"], "float64")
     assert_close(kernel(x, y, mode="legacy"), golden.case["legacy_KXY"], "float64")
@@ -42,8 +39,8 @@ def test_one_hidden_layer_limits_follow_the_published_training(golden, kind):
     optimizer, losses = PiSGD(model.parameters(), case["lr"], weight_decay=case["wd"]), []
     for t in range(len(stored["loss_trajectory"])):
         optimizer.zero_grad()
-        x, y = fill(f"pk_1lp:X:{t}", (4, case["d"])).double(), fill(f"pk_1lp:Y:{t}", (4, case["dout"])).double()
-        loss = F.mse_loss(model(x), y)
+        found = recipe_inputs(case["recipe"], t, d=case["d"], dout=case["dout"])
+        loss = F.mse_loss(model(found["X"]), found["Y"])
         loss.backward()
         norms = [expansion_norm(kernel, *model.weight.pending()) for kernel in kernels]
         assert_close(model.weight.gradient_norm(), torch.stack(norms).norm(), "float64")
@@ -53,7 +50,7 @@ def test_one_hidden_layer_limits_follow_the_published_training(golden, kind):
         optimizer.step()
         losses.append(loss.item())
     assert_close(losses, stored["loss_trajectory"], "float64", "losses")
-    assert_close(model(fill("pk_1lp:probe", (3, case["d"])).double()), stored["probe_output"], "float64", "probe")
+    assert_close(model(found["probe"]), stored["probe_output"], "float64", "probe")
 
     a, x, amult = model.atoms.tensors()
     s = (case["varw"] * x.square().sum(1) + case["varb"]).sqrt()[:, None]
@@ -65,14 +62,18 @@ def test_one_hidden_layer_limits_follow_the_published_training(golden, kind):
 @pytest.mark.golden("kernels.json", cases=None)
 def test_the_kernel_model_follows_the_published_training(golden):
     stored = golden.case["kernel_model"]
-    model = KernelModel([partial(nngp, varws=[1, 1], varbs=[1, 1])], 7, 3, dtype=torch.float64)
-    optimizer, losses = PiSGD(model.parameters(), 0.4, weight_decay=0.01), []
+    recipe = stored["recipe"]
+    kernel = partial(nngp, **{name: recipe_list(recipe, name) for name in ("varws", "varbs")})
+    sizes = [value.shape[1] for value in recipe_inputs(recipe).values()]
+    model = KernelModel([kernel], *sizes, dtype=torch.float64)
+    decay = recipe_number(recipe, "weight decay", 0.0)
+    optimizer, losses = PiSGD(model.parameters(), recipe_number(recipe, "lr"), weight_decay=decay), []
     for t in range(len(stored["loss_trajectory"])):
         optimizer.zero_grad()
-        x, y = fill(f"pk_km:X:{t}", (4, 7)).double(), fill(f"pk_km:Y:{t}", (4, 3)).double()
+        x, y = recipe_inputs(recipe, t).values()
         loss = F.mse_loss(model(x), y)
         loss.backward()
-        norm = clip_grad_norm_(model.parameters(), 0.5)
+        norm = clip_grad_norm_(model.parameters(), recipe_number(recipe, "clip norm", 0.0))
         optimizer.step()
         losses.append(loss.item())
     assert_close(losses, stored["loss_trajectory"], "float64", "losses")
@@ -85,20 +86,22 @@ def test_the_kernel_model_follows_the_published_training(golden):
 @pytest.mark.golden("kernels.json", cases=None)
 def test_regression_with_learned_features_is_the_published_one(golden):
     stored = golden.case["feature_kernel_regression"]
-    config = {"case": "pfk", "d_in": 10, "r": 8, "d_out": 3, "L": 1, "bias_alpha": 0.5, "batch": 6, "lr": 0.3}
+    recipe = stored["recipe"]
+    config = recipe_net(recipe) | {"batch": int(recipe_number(recipe, "batch")), "lr": recipe_number(recipe, "lr")}
     net = golden_net(config)
     optimizer = golden_optimizer(config, net)
-    for t in range(5):
+    for t in range(int(recipe_number(recipe, "trained"))):
         golden_step(config, net, optimizer, t)
-    x = fill("pfk:X", (90, 10)).double()
-    labels = (x @ fill("pfk:W", (10, 3)).double()).argmax(1)
+    x, w = recipe_inputs(recipe).values()
+    labels, known = (x @ w).argmax(1), int(recipe_number(recipe, "first"))
     with torch.no_grad():
         features = net.features(x)
     assert_stats(features, stats(stored["features"]), "float64", "features")
     assert_stats(feature_kernel(features), stats(stored["kernel"]), "pilimit/float64", "kernel")
-    targets = F.one_hot(labels[:60], 3).double() - 0.5
-    output = fit_kernel(feature_kernel, features[:60], targets, 1e-4).predict(features[60:])
+    targets = F.one_hot(labels[:known], config["d_out"]).double() - 0.5
+    ridge = recipe_number(recipe, "ridge")
+    output = fit_kernel(feature_kernel, features[:known], targets, ridge).predict(features[known:])
     assert_close(output, stored["output"], "pilimit/float64", "output")
     assert output.argmax(1).tolist() == stored["predictions"]
-    accuracy = (output.argmax(1) == labels[60:]).double().mean()
+    accuracy = (output.argmax(1) == labels[known:]).double().mean()
     assert_close(accuracy, stored["accuracy"], "exact", "accuracy")

@@ -116,3 +116,21 @@ def test_a_kernel_model_is_copied_with_its_kernels_and_names_bad_batches():
         model(points(3, 5))
     with pytest.raises(ValueError, match="not finite"):
         model(points(3) / 0)
+
+
+def test_the_state_of_a_kernel_model_is_its_atoms():
+    models = [KernelModel([DEEP], 6, 2, dtype=torch.float64) for _ in range(2)]
+    optimizer, x = PiSGD(models[0].parameters(), 0.5), points(8)
+    for rows in x.split(4):
+        optimizer.zero_grad()
+        (models[0](rows) - 1).square().sum().backward()
+        optimizer.step()
+    state = models[0].state_dict()
+    assert {name: tuple(value.shape) for name, value in state.items()} == {"A": (8, 2), "B": (8, 6), "Amult": (8,)}
+    models[1].load_state_dict(state)
+    assert torch.equal(models[1](x), models[0](x))
+    half = copy.deepcopy(models[0]).to(torch.float32)
+    assert half.atoms.dtype == torch.float32
+    torch.testing.assert_close(half(x.float()).double(), models[0](x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match=r"B: expected \(8, 6\), got \(8, 7\)"):
+        models[1].load_state_dict(state | {"B": torch.ones(8, 7)})

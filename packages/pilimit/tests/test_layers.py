@@ -17,6 +17,7 @@ from pilimit import (
     mu_net,
     propagation,
 )
+from pilimit.atoms import Atoms
 from torch.nn import functional as F
 
 
@@ -122,6 +123,12 @@ def test_backward_after_a_step_is_an_error():
         second.backward()
 
 
+def test_second_derivatives_are_refused_instead_of_wrong():
+    net, x = make(), random(4, 6).requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivatives: leave out create_graph"):
+        torch.autograd.grad(net(x).sum(), x, create_graph=True)
+
+
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -178,6 +185,19 @@ def test_states_of_other_nets_are_one_line(change, match):
     with pytest.raises(ValueError, match=match) as error:
         net.load_state_dict(change(net.state_dict()))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("block_size", [3, 5000])
+def test_a_block_is_one_piece_of_memory(block_size, dtype):
+    atoms = Atoms(7, 5, dtype, block_size=block_size)
+    rows = random(block_size, 5), random(block_size, 7)
+    atoms.append(*rows, 0.5)
+    (block,) = atoms.blocks
+    assert len({t.untyped_storage().data_ptr() for t in (block.A, block.B, block.Amult)}) == 1
+    assert block.A.untyped_storage().nbytes() == block_size * atoms.bytes_per_atom
+    assert torch.equal(block.A, rows[0].to(dtype)) and torch.equal(block.B, rows[1].to(dtype))
+    assert (block.Amult == 0.5).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -107,6 +107,18 @@ def test_accumulated_batches_are_one_batch():
         torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-12, atol=1e-14)
 
 
+def test_zeroed_gradients_append_nothing():
+    plain, zeroed = make(), make()
+    for net, to_none in ((plain, True), (zeroed, False)):
+        optimizer = PiSGD(net.parameters(), 0.5)
+        for t in range(3):
+            optimizer.zero_grad(set_to_none=to_none)
+            backward(net, t)
+            optimizer.step()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(zeroed.state_dict()[name], value)
+
+
 def test_many_strong_decays_lose_no_digits():
     net = make()
     atoms, expected = net.layers[1].atoms, net.layers[1].atoms.tensors()[2]

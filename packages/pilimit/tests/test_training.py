@@ -200,6 +200,9 @@ def test_starting_from_a_net_and_testing_only(tmp_path, capsys):
     assert torch.equal(run.net.layers[0].A, net.layers[0].A)
     wide = make(model_path=tmp_path / "net.th", width=2048)
     assert isinstance(wide.net, FinMLP) and (probe(wide) - probe(run)).norm() < 0.3 * probe(run).norm()
+    train(TrainConfig("digits", **TINY | {"save_dir": tmp_path / "run", "epochs": 1}))
+    begun = make(model_path=tmp_path / "run")
+    assert torch.equal(begun.net.layers[0].A, open_net(tmp_path / "run").layers[0].A)
     arguments = ["train", "digits", "--test", "--model-path", str(tmp_path / "net.th"), "--json"]
     assert main(arguments) == 0
     data = choose_data(TrainConfig("digits"))
@@ -270,6 +273,10 @@ def test_obsolete_options_are_named(capsys, flag):
         (["--lr", "-1"], "--lr must be at least 0"),
         (["--lr", "inf"], "--lr must be at least 0 and finite, got inf"),
         (["--momentum", "1.5"], "--momentum must be at least 0 and below 1, got 1.5"),
+        (["--bias-alpha", "nan"], "--bias-alpha must be finite, got nan"),
+        (["--last-bias-alpha", "inf"], "--last-bias-alpha must be finite, got inf"),
+        (["--bias-lr-mult", "-1"], "--bias-lr-mult must be at least 0"),
+        (["--lr-drop-ratio", "nan"], "--lr-drop-ratio must be at least 0 and finite, got nan"),
         (["--teacher-alpha", "3"], "--teacher-alpha must be between 0 and 1"),
         (["--limit-seconds", "-1"], "--limit-seconds must be at least 0"),
         (["--max-memory", "0"], "--max-memory must be positive"),
@@ -300,6 +307,43 @@ def test_data_and_nets_that_do_not_fit_are_one_line(capsys, tmp_path):
     torch.save(InfMLP(5, 10, 4).state_dict(), tmp_path / "net.th")
     told = errors(capsys, "train", "digits", "--model-path", str(tmp_path / "net.th"))
     assert "maps 5 to 10 values, the data 64 to 10" in told
+    torch.save(InfMLP(64, 10, 4, depth=3).state_dict(), tmp_path / "deep.th")
+    told = errors(capsys, "train", "digits", "--model-path", str(tmp_path / "deep.th"))
+    assert "has depth 3, not 2: give --depth 3" in told
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "{}", "config.json is no configuration of a run"),
+        ("config.json", "{", "config.json is damaged"),
+        ("metrics.jsonl", "{bad\n", "metrics.jsonl has a line that is no JSON object with a step"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named(tmp_path, capsys, file, content, message):
+    arguments = ["train", "digits", *SMALL, "--epochs", "1", "--save-dir", str(tmp_path), "--quiet"]
+    assert main(arguments) == 0
+    (tmp_path / file).write_text(content)
+    assert message in errors(capsys, *arguments, "--resume")
+
+
+def test_want_of_memory_is_one_line(capsys, monkeypatch):
+    def fail(config, note):
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr("pilimit.commands.train", fail)
+    assert "memory ran out: take a smaller r" in errors(capsys, "train", "digits")
+
+    def fail_otherwise(config, note):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("pilimit.commands.train", fail_otherwise)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["train", "digits"])
+
+
+def test_a_folder_of_something_else_is_named(tmp_path, capsys):
+    assert "is no folder of a run or of atoms" in errors(capsys, "eval", str(tmp_path), "digits")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_state(tmp_path, capsys):

@@ -1,12 +1,13 @@
 """The growing state of an infinite layer: atoms in blocks of fixed size, so that growth copies nothing."""
 
 import copy
-from collections.abc import Iterator, Sequence
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,9 +29,17 @@ class Block:
     size: int = 0
 
 
-def _huge_pages(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Undefined (rows, width) in large pages, for which numpy asks the system: they are read up to twice as fast."""
-    return torch.from_numpy(np.empty(rows * width * dtype.itemsize, np.uint8)).view(dtype).view(rows, width)
+def _mapped(count: int) -> Tensor:
+    """So many bytes, all zero, from the system itself and in large pages if it has them: read up to twice as fast.
+
+    The heap would grow by a few per cent more, for what other tensors leave between blocks.
+    """
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    room = mmap.mmap(-1, count, **private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a system without them
+            room.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(room, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,7 @@ class Atoms:
         done = 0
         while done < len(a):
             if not self.blocks or self.blocks[-1].size == len(self.blocks[-1].A):
-                self.blocks.append(self._new_block())
+                self.blocks.append(self._new_block(self.block_size))
             block = self.blocks[-1]
             count = min(len(block.A) - block.size, len(a) - done)
             rows, source = slice(block.size, block.size + count), slice(done, done + count)
@@ -152,14 +161,25 @@ class Atoms:
             block.size += count
             done += count
 
-    def _new_block(self) -> Block:
-        options: dict[str, Any] = {"device": self.home, "pin_memory": self.home != self.device}
-        n = self.block_size
-        amult = torch.empty(n, **options, dtype=wide(self.dtype))
+    def _new_block(self, n: int) -> Block:
+        """Room for ``n`` atoms, in one piece."""
+        size = self.dtype.itemsize
+        sizes = [n * wide(self.dtype).itemsize, n * self.r_out * size, n * self.r * size]
         if self.device.type == "cpu":
-            return Block(_huge_pages(n, self.r_out, self.dtype), _huge_pages(n, self.r, self.dtype), amult)
-        options["dtype"] = self.dtype
-        return Block(torch.empty(n, self.r_out, **options), torch.empty(n, self.r, **options), amult)
+            room = _mapped(sum(sizes))
+        else:
+            room = torch.empty(sum(sizes), dtype=torch.uint8, device=self.home, pin_memory=self.home != self.device)
+        amult, a, b = room.split(sizes)
+        a, b = a.view(self.dtype).view(n, self.r_out), b.view(self.dtype).view(n, self.r)
+        return Block(a, b, amult.view(wide(self.dtype)))
+
+    def _take(self, old: Block, n: int) -> Block:
+        """A block with room for ``n`` atoms and the valid rows of another, which may be elsewhere or of another dtype."""
+        block = self._new_block(n)
+        for room, rows in ((block.A, old.A), (block.B, old.B), (block.Amult, old.Amult)):
+            room[: old.size] = rows[: old.size]
+        block.size = old.size
+        return block
 
     def clear(self) -> None:
         """Remove all atoms."""
@@ -203,9 +223,8 @@ class Atoms:
         if dtype != self.dtype:
             self.segments = []
         self.dtype, self.device = dtype, device
-        for block in self.blocks:
-            block.A, block.B = block.A.to(self.home, dtype), block.B.to(self.home, dtype)
-            block.Amult = block.Amult.to(self.home, wide(dtype))
+        for i, block in enumerate(self.blocks):
+            self.blocks[i] = self._take(block, len(block.A))
         self.pending = [(a.to(device, dtype), b.to(device, dtype)) for a, b in self.pending]
         self.version += 1
 
@@ -225,11 +244,7 @@ class Atoms:
         """Give the last block its room again, so that sums keep their order."""
         self.__dict__ |= state
         if self.blocks and self.blocks[-1].size < self.block_size:
-            last = self.blocks.pop()
-            self.blocks.append(room := self._new_block())
-            for part, valid in ((room.A, last.A), (room.B, last.B), (room.Amult, last.Amult)):
-                part[: last.size] = valid
-            room.size = last.size
+            self.blocks[-1] = self._take(self.blocks[-1], self.block_size)
 
 
 class AtomsParameter(nn.Parameter):
@@ -293,6 +308,60 @@ class AtomsParameter(nn.Parameter):
         """Number and widths of the atoms."""
         atoms = self.atoms
         return f"AtomsParameter({len(atoms)} atoms, r={atoms.r}, r_out={atoms.r_out}, {atoms.dtype})"
+
+
+class AtomsModule(nn.Module):
+    """A module with atoms as its ``weight``, which are A, B and Amult in its state dict: valid rows only."""
+
+    weight: AtomsParameter
+
+    @property
+    def atoms(self) -> Atoms:
+        """The state."""
+        return self.weight.atoms
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move and convert, atoms included."""
+        target = fn(torch.empty(0, dtype=self.atoms.dtype, device=self.atoms.device))
+        super()._apply(fn, recurse)
+        self.atoms.to(target.dtype, target.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + "weight"]
+        a, b, amult = self.atoms.tensors()
+        destination |= {prefix + "A": a, prefix + "Amult": amult, prefix + "B": b}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        *rest: Any,  # noqa: ANN401
+    ) -> None:
+        names = {name: prefix + name for name in ("A", "B", "Amult")}
+        present = {name: state_dict.pop(key) for name, key in names.items() if key in state_dict}
+        missing += [key for name, key in names.items() if name not in present]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
+        if prefix + "weight" in missing:
+            missing.remove(prefix + "weight")
+        if len(present) == 3:
+            problem = self._misfit(present)
+            if problem:
+                rest[-1].append(f"{prefix}{problem}")
+            else:
+                self.atoms.clear()
+                self.atoms.append(present["A"], present["B"], present["Amult"].to(self.weight))
+
+    def _misfit(self, tensors: Mapping[str, Tensor]) -> str | None:
+        count = len(tensors["A"])
+        for name, shape in (("A", (count, self.atoms.r_out)), ("B", (count, self.atoms.r)), ("Amult", (count,))):
+            if tuple(tensors[name].shape) != shape:
+                return f"{name}: expected {shape}, got {tuple(tensors[name].shape)}"
+        return None
 
 
 def align(velocity: "Tensor | Sequence[Tensor]", atoms: Atoms) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """The ``pilimit`` command."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,12 +28,16 @@ Planned: transfer, maml, sweep.
 """
 
 
+_NO_MEMORY = ("allocate memory", "out of memory")
+"""How torch tells it."""
+
+
 @dataclass(frozen=True)
 class ConvertConfig:
     """Write a published checkpoint (library, original object, converted original) as a folder of our own format."""
 
     source: tyro.conf.Positional[Path]
-    """The published file."""
+    """The published file, or the folder of a run."""
     target: tyro.conf.Positional[Path]
     """Folder to write; it must not exist, or be empty."""
     json: bool = False
@@ -40,11 +45,12 @@ class ConvertConfig:
 
 
 def _convert(config: ConvertConfig) -> None:
-    from pilimit.checkpoint import load_net, save_net
+    from pilimit.building import open_infinite
+    from pilimit.checkpoint import save_net
 
     if config.target.exists() and (not config.target.is_dir() or any(config.target.iterdir())):
         raise ValueError(f"{config.target} exists and is not an empty folder: name another, or remove it")
-    net = load_net(config.source)
+    net = open_infinite(config.source)
     save_net(config.target, net)
     result = net.config | {"atoms": [len(layer.atoms) for layer in net.infinite_layers()]}
     if config.json:
@@ -55,7 +61,7 @@ def _convert(config: ConvertConfig) -> None:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Write a finite net that is sampled from an infinite one, as safetensors."""
+    """Write a finite net that is sampled from an infinite one, as safetensors; `pilimit eval` reads it."""
 
     source: tyro.conf.Positional[Path]
     """Folder of a run or of atoms, or a published file."""
@@ -65,25 +71,29 @@ class SampleConfig:
     """Units per hidden layer."""
     seed: int = 0
     """Of the sample."""
+    json: bool = False
+    """Print one JSON object."""
 
 
 def _sample(config: SampleConfig) -> None:
     import torch
     from zoo_common.checkpoint import save_checkpoint
 
-    from pilimit.building import open_net
+    from pilimit.building import open_infinite
     from pilimit.finite import FinMLP
-    from pilimit.infinite import InfMLP
 
-    net = open_net(config.source)
-    if not isinstance(net, InfMLP):
-        raise ValueError(f"{config.source} holds a finite net: only an infinite one can be sampled")
+    net = open_infinite(config.source)
     finite = FinMLP.sample(net, config.width, generator=torch.Generator().manual_seed(config.seed))
-    save_checkpoint(config.target, finite.state_dict(), net.config | {"width": config.width, "seed": config.seed})
-    print(f"{config.target}: width {config.width}, depth {net.depth}")
+    result = net.config | {"width": config.width, "seed": config.seed}
+    save_checkpoint(config.target, finite.state_dict(), result)
+    print(json.dumps(result) if config.json else f"{config.target}: width {config.width}, depth {net.depth}")
 
 
 def _train(config: TrainConfig) -> int:
+    if (
+        config.width
+    ):  # torch, when it is loaded: gradients of wide layers in large pages, a fifth of a step at width 4096
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from pilimit.commands import run_train
 
     return run_train(config)
@@ -118,4 +128,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(f"pilimit: {error}\n")
         return 1
-    return run_command("pilimit", DESCRIPTION, commands, arguments)
+    try:
+        return run_command("pilimit", DESCRIPTION, commands, arguments)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _NO_MEMORY):
+            raise
+        sys.stderr.write(
+            "pilimit: memory ran out: take a smaller r, width or batch, or bound the atoms (--max-atoms)\n"
+        )
+        return 1

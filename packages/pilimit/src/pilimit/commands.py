@@ -59,14 +59,16 @@ def run_eval(config: EvalConfig) -> int:
     """Loss and accuracy on the test images."""
     settings = _settings(config)
     device = choose_device(settings)
-    net = open_net(config.source, device)
-    if config.width is not None:
+    if config.mapped and config.cuda:
+        raise ValueError("--mapped leaves the atoms in their files: leave out --cuda")
+    net = open_net(config.source, device, mapped=config.mapped)
+    if config.width:
         if not isinstance(net, InfMLP):
             raise ValueError(f"{config.source} holds a finite net, which cannot be sampled at --width {config.width}")
         net = FinMLP.sample(net, config.width, generator=torch.Generator(device).manual_seed(config.seed))
     data = choose_data(settings)
     images = data.test.images.flatten(1).to(device, net.dtype)
-    loss, accuracy = evaluate(net, images, data.test.labels.to(device), settings)
+    loss, accuracy = evaluate(net, images, data.test.labels.to(device), settings, quiet=config.quiet)
     result = {"test_loss": loss, "test_acc": accuracy, "images": len(images), "width": getattr(net, "width", None)}
     print(
         json.dumps(result) if config.json else f"test loss {loss:.4f}, accuracy {accuracy:.4f} ({len(images)} images)"

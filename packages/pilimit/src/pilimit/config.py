@@ -75,7 +75,7 @@ class TrainConfig:
     save_model: bool = False
     """Also write checkpoints/epochK.th, the published format, after every epoch; 0 is the start."""
     model_path: Path | None = None
-    """Start with this net: a folder, or a published file; with --width, with a finite sample of it."""
+    """Start with this infinite net: folder of a run or of atoms, or a published file; with --width, with a finite sample of it."""
     test: bool = False
     """Only evaluate the net of --model-path, as `pilimit eval` does."""
     preset: str | None = None
@@ -89,12 +89,17 @@ class TrainConfig:
     cuda_batch_size: int | None = None
     """Keep atoms in the memory of the host, and bring so many at once to the GPU."""
     batch_size: int = 64
+    """Images per backward pass; each becomes an atom of every layer."""
     test_batch_size: int = 256
+    """Images at once in evaluations."""
     accum_steps: int = 1
     """Batches per step of the optimizer; their gradients are averaged."""
     lr: float = 2.0
+    """Learning rate; that of a layer is this times its multiplier."""
     momentum: float = 0.0
+    """Of all parameters, atoms included."""
     dampening: float = 0.0
+    """Of the momentum, from the first step on."""
     wd: float = 1e-4
     """Weight decay."""
     gclip: float = 0.2
@@ -102,18 +107,27 @@ class TrainConfig:
     gclip_per_param: bool = False
     """Clip every parameter by its own norm."""
     scheduler: Literal["none", "None", "cosine", "multistep"] = "none"
+    """Of the learning rate: cosine falls to 0 at the end; multistep drops it at --lr-drop-milestones."""
     lr_drop_ratio: float = 0.5
+    """Factor at each milestone."""
     lr_drop_milestones: str = ""
     """Epochs, separated by commas; fractions are allowed."""
     gclip_drop_ratio: float = 0.5
+    """Factor of the clipping threshold at each of its milestones."""
     gclip_drop_milestones: str = ""
     """Of the clipping threshold; default: it drops with the learning rate, as published."""
     first_layer_lr_mult: float = 0.1
+    """Of the weights of the first layer."""
     last_layer_lr_mult: float = 1.0
+    """Of the weights of the output layer; 0: it gets no atoms."""
     bias_lr_mult: float = 0.5
+    """Of all biases."""
     first_layer_alpha: float = 1.0
+    """Multiplier of what the first layer gives."""
     last_layer_alpha: float = 1.0
+    """Multiplier of the outputs."""
     bias_alpha: float = 1.0
+    """Multiplier of the biases; 0: no biases."""
     last_bias_alpha: float | None = None
     """Default: that of --bias-alpha."""
     no_apply_lr_mult_to_wd: bool = False
@@ -121,11 +135,13 @@ class TrainConfig:
     last_layer_grad_no_alpha: bool = False
     """Do not multiply the gradient of the output layer by its alpha (for experiments)."""
     layernorm: bool = False
+    """Divide pre-activations by their norm before every activation."""
     loss: Literal["xent", "mse"] = "xent"
+    """Cross-entropy, or square distance from one-hot minus 0.1."""
     depth: int = 2
-    """Number of ReLU layers."""
+    """Number of ReLU layers; with --model-path, that of the net there."""
     r: int = 200
-    """Rank of the probability space."""
+    """Rank of the probability space; with --model-path, that of the net there counts."""
     width: int | None = None
     """Units per layer of a finite net; default, or 0: infinite."""
     gaussian_init: bool = False
@@ -135,7 +151,9 @@ class TrainConfig:
     tie_omegas: bool = False
     """Finite nets: all layers share one Gaussian matrix (for experiments)."""
     epochs: int = 24
+    """Passes over the training images."""
     seed: int = 1
+    """Of the initial values, the order of the images and their augmentation."""
     train_subset_size: int | None = None
     """Train on the first so many images."""
     test_subset_size: int | None = None
@@ -172,8 +190,11 @@ class TrainConfig:
         positive = ("batch_size", "test_batch_size", "accum_steps", "depth", "r", "epochs", "train_subset_size")
         for name in (*positive, "test_subset_size", "max_atoms", "keep_atoms", "checkpoint_steps", "cuda_batch_size"):
             self._check(name, lambda value: value >= 1, "at least 1")
-        for name in ("lr", "wd", "gclip", "width"):
+        rates = ("first_layer_lr_mult", "last_layer_lr_mult", "bias_lr_mult", "lr_drop_ratio", "gclip_drop_ratio")
+        for name in ("lr", "wd", "gclip", "width", *rates):
             self._check(name, lambda value: 0 <= value < math.inf, "at least 0 and finite")
+        for name in ("first_layer_alpha", "last_layer_alpha", "bias_alpha", "last_bias_alpha"):
+            self._check(name, math.isfinite, "finite")
         for name in ("momentum", "dampening"):
             self._check(name, lambda value: 0 <= value < 1, "at least 0 and below 1")
         for name in ("teacher_temp", "max_memory"):
@@ -254,21 +275,27 @@ class EvalConfig:
     """Loss and accuracy of a net on the test images of a data set."""
 
     source: tyro.conf.Positional[Path]
-    """Folder of a run or of atoms, or a published file."""
+    """Folder of a run or of atoms, a published file, or a finite net of `pilimit sample` (.safetensors)."""
     dataset: tyro.conf.Positional[Dataset]
     """What it has learned."""
     data_root: DataRoot = None
     """Folder with the files of the data set; digits need none."""
     width: int | None = None
-    """Evaluate a finite net of this width, sampled from the infinite one."""
+    """Evaluate a finite net of this width, sampled from the infinite one; default, or 0: itself."""
     seed: int = 1
     """Of the sample."""
     loss: Literal["xent", "mse"] = "xent"
+    """Cross-entropy, or square distance from one-hot minus 0.1."""
     test_batch_size: int = 256
+    """Images at once."""
     test_subset_size: int | None = None
     """Test on the first so many images."""
+    mapped: bool = False
+    """Leave the atoms of a folder in its files, for a net larger than memory; slower, and sums are not checked."""
     cuda: bool = False
     """Compute on a GPU."""
+    quiet: bool = False
+    """No progress bar."""
     json: bool = False
     """Print one JSON object."""
 
@@ -282,6 +309,7 @@ class KernelConfig:
     data_root: DataRoot = None
     """Folder with the files of the data set; digits need none."""
     kernel: Literal["nngp", "ntk", "features"] = "nngp"
+    """Net whose readout alone learns, net linear in all its weights, or what a trained net has learned."""
     model: Path | None = None
     """The net of `features`: folder of a run or of atoms, or a published file."""
     mode: Literal["exact", "legacy"] = "exact"
@@ -293,8 +321,11 @@ class KernelConfig:
     varb: float = 0.0
     """Variance of its biases."""
     first_layer_lr_mult: float = 1.0
+    """NTK: learning rate of the first weights; those between have 1."""
     last_layer_lr_mult: float = 1.0
+    """NTK: of the last weights."""
     bias_lr_mult: float = 1.0
+    """NTK: of all biases."""
     kernel_reg: tuple[float, ...] = (1e-4,)
     """Ridges that are added to the diagonal; several are tried one after the other."""
     multiple_regs: bool = False
@@ -306,6 +337,7 @@ class KernelConfig:
     memory_budget: float | None = None
     """GB beside the images; where float64 does not fit, float32 with refinement is used."""
     test_batch_size: int = 256
+    """Images at once, when features are computed."""
     cuda: bool = False
     """Compute on a GPU."""
     quiet: bool = False
@@ -323,16 +355,21 @@ class WidthsConfig:
     data_root: DataRoot = None
     """Folder with the files of the data set; digits need none."""
     widths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
+    """Of the finite nets, at least two."""
     nets: int = 8
     """Finite nets per width, computed together."""
     steps: int = 20
+    """Of plain gradient descent."""
     batch_size: int = 16
+    """Images per step."""
     lr: float = 0.2
+    """Learning rate."""
     r: int = 8
     """Rank of the probability space; widths should be much larger."""
     depth: int = 2
     """Number of ReLU layers."""
     seed: int = 0
+    """Of the nets and the batches."""
     plot: Path | None = None
     """PNG file of the errors over the widths."""
     quiet: bool = False

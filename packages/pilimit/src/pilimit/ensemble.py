@@ -1,7 +1,7 @@
 """Many finite nets of one shape computed together, and how fast they approach the infinite one."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,12 @@ class FinEnsemble(nn.Module):
         for name, value in buffers.items():
             owner, _, leaf = name.rpartition(".")
             setattr(self.get_submodule(owner), leaf, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FinEnsemble":
+        """Move and convert."""
+        super()._apply(fn, recurse)
+        self._single = [self._single[0].to(self.layers[0].dtype)]  # type: ignore[arg-type]
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs (e, b, d_out) of inputs (b, ...) that all nets share."""

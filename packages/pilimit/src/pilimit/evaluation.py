@@ -5,18 +5,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from pilimit.config import TrainConfig
 
 
 def evaluate(
-    net: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, config: TrainConfig
+    net: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, config: TrainConfig, *, quiet: bool = True
 ) -> tuple[float, float]:
-    """Mean loss and accuracy."""
+    """Mean loss and accuracy; with a progress bar unless it is quiet."""
     loss, correct = 0.0, 0
     with torch.no_grad():
         size = config.test_batch_size
-        for x, y in zip(images.split(size), labels.split(size), strict=True):
+        parts = list(zip(images.split(size), labels.split(size), strict=True))
+        for x, y in tqdm(parts, desc="eval", disable=quiet, leave=False):
             output = net(x)
             loss += float(plain_loss(output, y, config.loss)) * len(y)
             correct += int((output.argmax(1) == y).sum())

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pilimit.atoms import Atoms, AtomsParameter
+from pilimit.atoms import Atoms, AtomsModule, AtomsParameter
 from pilimit.expectations import wide
 from pilimit.kernels import Kernel
 from pilimit.propagation import chunk
@@ -47,8 +47,10 @@ class Coefficients(AtomsParameter):
         return *super()._flags(), self.kernels
 
 
-class KernelModel(nn.Module):
+class KernelModel(AtomsModule):
     """A net in its kernel limit, trained like the infinite layers: a backward pass stages rows, the optimizer appends them.
+
+    Rows A of its atoms are coefficients (M, d_out), rows B are inputs (M, d_in).
 
     Args:
         kernels: Their sum is the kernel. Each belongs to one group of weights of the net, with a gradient norm of its
@@ -72,11 +74,6 @@ class KernelModel(nn.Module):
         self.kernels, self.d_in, self.d_out = tuple(kernels), d_in, d_out
         atoms = Atoms(d_in, d_out, dtype or torch.get_default_dtype(), device)
         self.weight = Coefficients(atoms, output_layer=True, kernels=self.kernels)
-
-    @property
-    def atoms(self) -> Atoms:
-        """Rows A are coefficients (M, d_out), rows B are inputs (M, d_in)."""
-        return self.weight.atoms
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs (b, d_out) of inputs (b, ...), which are flattened; gradients of the inputs are not computed.

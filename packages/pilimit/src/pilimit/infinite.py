@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pilimit.atoms import Atoms, AtomsParameter
+from pilimit.atoms import Atoms, AtomsModule, AtomsParameter
 from pilimit.expectations import wide
 from pilimit.propagation import directions, propagate
 
@@ -64,9 +64,6 @@ class PiLayer(nn.Module):
 
         super()._apply(apply_wide, recurse)
         self.dtype = target.dtype
-        for parameter in self.parameters(recurse=False):
-            if isinstance(parameter, AtomsParameter):
-                parameter.atoms.to(target.dtype, target.device)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -133,7 +130,7 @@ class InfPiInputLinearReLU(PiLayer):
         return (g, None, None, None) if self.return_hidden else g
 
 
-class InfPiLinearReLU(PiLayer):
+class InfPiLinearReLU(AtomsModule, PiLayer):
     """A layer after a ReLU: pre-activations (b, r) to (b, r_out), with atoms that every step appends to.
 
     Backward passes stage the rows that the next step appends, each its own; a forward pass without one stages none.
@@ -185,11 +182,6 @@ class InfPiLinearReLU(PiLayer):
         self._make_bias(self.n_out, device)
 
     @property
-    def atoms(self) -> Atoms:
-        """The state."""
-        return self.weight.atoms
-
-    @property
     def layer_alpha(self) -> float:
         """Multiplier of the learning rate of the atoms."""
         return self.weight.lr_mult
@@ -213,40 +205,7 @@ class InfPiLinearReLU(PiLayer):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        del destination[prefix + "weight"]
-        a, b, amult = self.atoms.tensors()
-        destination |= {prefix + "A": a, prefix + "Amult": amult, prefix + "B": b}
         destination[prefix + "layer_alpha"] = torch.tensor(self.layer_alpha, dtype=torch.float64)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing: list[str],
-        *rest: Any,  # noqa: ANN401
-    ) -> None:
-        names = {name: prefix + name for name in ("A", "B", "Amult")}
-        present = {name: state_dict.pop(key) for name, key in names.items() if key in state_dict}
-        missing += [key for name, key in names.items() if name not in present]
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
-        if prefix + "weight" in missing:
-            missing.remove(prefix + "weight")
-        if len(present) == 3:
-            problem = self._misfit(present)
-            if problem:
-                rest[-1].append(f"{prefix}{problem}")
-            else:
-                self.atoms.clear()
-                self.atoms.append(present["A"], present["B"], present["Amult"].to(self.weight))
-
-    def _misfit(self, tensors: Mapping[str, Tensor]) -> str | None:
-        count = len(tensors["A"])
-        for name, shape in (("A", (count, self.n_out)), ("B", (count, self.n_in)), ("Amult", (count,))):
-            if tuple(tensors[name].shape) != shape:
-                return f"{name}: expected {shape}, got {tuple(tensors[name].shape)}"
-        return None
 
     def extra_repr(self) -> str:
         """Sizes."""

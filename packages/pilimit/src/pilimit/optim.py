@@ -65,6 +65,14 @@ class PiSGD(Optimizer):
                     self._step_dense(parameter, group)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; staged rows of atoms are dropped in either case, for zeroed ones would be appended."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if isinstance(parameter, AtomsParameter):
+                    parameter.grad = None
+        super().zero_grad(set_to_none)
+
     def _step_atoms(self, parameter: AtomsParameter, group: dict[str, Any]) -> None:
         rows, atoms = parameter.pending(), parameter.atoms
         if rows is None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pilimit.atoms import Atoms, AtomsParameter, Rows
 from pilimit.expectations import TWO_PI, wide
@@ -52,9 +51,10 @@ class Propagate(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # noqa: ANN401
         """Gradient of g; the rows of A and B go to ``atoms.pending``."""
+        if torch.is_grad_enabled():
+            raise RuntimeError("infinite layers have no second derivatives: leave out create_graph")
         atoms: Atoms = ctx.atoms
         if atoms.version != ctx.version:
             raise RuntimeError("the atoms have changed since this forward pass: call backward before step, load or to")

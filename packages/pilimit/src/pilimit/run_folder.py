@@ -23,6 +23,20 @@ _FREE = (
 """Options that a resumed run may change."""
 
 
+def read_config(folder: Path) -> tuple[dict[str, Any], tuple[int, int]]:
+    """Options of the run in a folder, and the widths of its inputs and outputs.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    document = read_json(folder / CONFIG)
+    try:
+        d_in, d_out = document["shape"]
+        return dict(document["config"]), (d_in, d_out)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{folder / CONFIG} is no configuration of a run: restore it from another copy") from None
+
+
 def check_folder(config: TrainConfig, folder: Path) -> None:
     """Find out whether a run can begin in a folder, or go on with the same configuration.
 
@@ -38,7 +52,7 @@ def check_folder(config: TrainConfig, folder: Path) -> None:
         return
     if not stored.is_file():
         raise FileNotFoundError(f"nothing to resume in {folder}; start the run without --resume")
-    old = read_json(stored)["config"]
+    old, _ = read_config(folder)
     changed = [name for name, value in config.to_json().items() if name not in _FREE and old.get(name) != value]
     if changed:
         differences = ", ".join(f"--{name.replace('_', '-')} ({old.get(name)} there)" for name in changed)
@@ -52,7 +66,10 @@ class Log:
         self.path, self.lines = path, []
         if path.exists():
             whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            self.lines = [line for line in map(json.loads, whole) if line["step"] <= step]
+            try:
+                self.lines = [line for line in map(json.loads, whole) if line["step"] <= step]
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(f"{path} has a line that is no JSON object with a step: remove that line") from None
             with atomic_write(path) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
