@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from pilimit import FinMLP, InfMLP, load_net
+from pilimit.atoms import AtomsParameter
 from pilimit.building import open_net
 from pilimit.cli import main
 from pilimit.config import OBSOLETE, PRESETS, TrainConfig, expand_presets, milestones
@@ -12,6 +13,7 @@ from pilimit.data import augment, choose_data
 from pilimit.evaluation import evaluate, plain_loss
 from pilimit.forecast import bytes_of
 from pilimit.training import Training, train
+from support.elsewhere import elsewhere
 from torch.nn import functional as F
 
 SMALL = ("--train-subset-size", "64", "--test-subset-size", "50", "--r", "8", "--batch-size", "16", "--lr", "0.5")
@@ -360,6 +362,34 @@ def test_interrupts_and_limits_save(tmp_path):
     assert report.step == 1 and not report.interrupted and report.test_acc is not None
     assert open_net(tmp_path / "run").infinite_layers()[0].weight.numel() == 0
     assert len(open_net(tmp_path / "run").layers[1].atoms) == 8 + 16
+
+
+@pytest.fixture
+def atoms_elsewhere(monkeypatch):
+    """Only the atoms of a parameter go elsewhere: the empty tensor that stands for them cannot be a subclass twice."""
+
+    def make(cls, atoms, requires_grad=True, output_layer=False, lr_mult=1.0):
+        parameter = torch.nn.Parameter.__new__(cls, torch.empty(0), requires_grad)
+        parameter.atoms, parameter.output_layer, parameter.lr_mult = atoms, output_layer, lr_mult
+        return parameter
+
+    def zeros(parameter, *shape, **options):
+        return torch.zeros(*shape, device=parameter.atoms.device, **options)
+
+    monkeypatch.setattr(AtomsParameter, "__new__", make)
+    monkeypatch.setattr(AtomsParameter, "device", property(lambda parameter: parameter.atoms.device), raising=False)
+    monkeypatch.setattr(AtomsParameter, "to", lambda *_, **__: torch.empty(0), raising=False)
+    monkeypatch.setattr(AtomsParameter, "new_zeros", zeros, raising=False)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_atoms": 60, "keep_atoms": 30, "momentum": 0.9}, {"width": 32}])
+def test_nothing_stays_on_the_cpu_when_a_net_is_trained_elsewhere(options, atoms_elsewhere):
+    x = choose_data(TrainConfig("digits", **TINY)).test.images.flatten(1)
+    expected = stepped(6, **options).net(x)
+    with elsewhere("pilimit.training.choose_device") as device:
+        found = stepped(6, **options).net(x.to(device))
+        assert found.device == device
+        torch.testing.assert_close(found.cpu(), expected)
 
 
 @pytest.mark.gpu

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 from zoo_common.command import run_command
 
 from ghn.config import LEARNING_RATES, TrainConfig
@@ -33,7 +32,7 @@ Examples:
 class CheckCommand:
     """List each parameter of a model and who sets it; nothing is computed or allocated."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A torchvision name, timm:NAME, a genotype (DARTS, PDARTS, ViT), or module.path:callable."""
     dialect: Literal["ghn3", "ppuda"] = "ghn3"
     """Published graph code to judge by: that of GHN-3 (2023) or of GHN-1 and GHN-2 (2021)."""
@@ -47,7 +46,7 @@ class CheckCommand:
 class GraphCommand:
     """Make the computational graph of a model: print its size, draw it, or write it down."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A torchvision name, timm:NAME, a genotype (DARTS, PDARTS, ViT), or module.path:callable."""
     png: Path | None = None
     """Picture to write; other suffixes (.pdf, .svg) are understood too."""
@@ -69,9 +68,9 @@ class GraphCommand:
 class PredictCommand:
     """Predict the weights of a model and write them to safetensors files."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A torchvision name, timm:NAME, a genotype (DARTS, PDARTS, ViT), or module.path:callable."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    out: Annotated[Path, arg(aliases=["-o"])]
     """A file *.safetensors; or a folder, which gets several files and an index."""
     weights: str = "ghn3xlm16.pt"
     """The hypernetwork: a published name, "digits" (in the package), a file, a folder, or owner/name on the hub."""

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from zoo_common.command import Commands, run_command
@@ -36,9 +37,9 @@ _NO_MEMORY = ("allocate memory", "out of memory")
 class ConvertConfig:
     """Write a published checkpoint (library, original object, converted original) as a folder of our own format."""
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
     """The published file, or the folder of a run."""
-    target: tyro.conf.Positional[Path]
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
     """Folder to write; it must not exist, or be empty."""
     json: bool = False
     """Print one JSON object."""
@@ -63,9 +64,9 @@ def _convert(config: ConvertConfig) -> None:
 class SampleConfig:
     """Write a finite net that is sampled from an infinite one, as safetensors; `pilimit eval` reads it."""
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
     """Folder of a run or of atoms, or a published file."""
-    target: tyro.conf.Positional[Path]
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
     """File to write."""
     width: int = 1024
     """Units per hidden layer."""

@@ -274,7 +274,7 @@ def milestones(text: str, steps_per_epoch: int, name: str = "milestones") -> lis
 class EvalConfig:
     """Loss and accuracy of a net on the test images of a data set."""
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
     """Folder of a run or of atoms, a published file, or a finite net of `pilimit sample` (.safetensors)."""
     dataset: tyro.conf.Positional[Dataset]
     """What it has learned."""

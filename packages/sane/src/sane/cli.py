@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 from zoo_common.command import run_command
 
 DESCRIPTION = """Sequential autoencoder of neural network weights: embed, analyse and sample models of any size.
@@ -39,9 +38,9 @@ _Halo = tuple[int, int] | None
 class PreprocessCommand:
     """Split, check, align and measure a zoo. Permutations and statistics are stored, weights are not."""
 
-    zoo: Positional[Path]
+    zoo: Annotated[Positional[Path], arg(metavar="ZOO")]
     """Folder of a zoo (`zoo convert` makes one of trial folders)."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("prepared.safetensors")
+    out: Annotated[Path, arg(aliases=["-o"])] = Path("prepared.safetensors")
     """File to write."""
     steps: tuple[int, ...] = ()
     """Steps (epochs, in imported trials) of the checkpoints to take; default: all."""
@@ -73,9 +72,9 @@ class PreprocessCommand:
 class AlignCommand:
     """Write a copy of a zoo whose networks are aligned with one training network."""
 
-    zoo: Positional[Path]
+    zoo: Annotated[Positional[Path], arg(metavar="ZOO")]
     """Folder of a zoo."""
-    out: Positional[Path]
+    out: Annotated[Positional[Path], arg(metavar="OUT")]
     """Folder of the copy."""
     each: bool = False
     """Align every checkpoint by itself, not all of a run by its last one."""
@@ -91,9 +90,9 @@ class PretrainCommand:
     prepared=my.safetensors training.epochs=20. --show prints all keys.
     """
 
-    config: Positional[str]
+    config: Annotated[Positional[str], arg(metavar="CONFIG")]
     """Built-in name or YAML file."""
-    overrides: Positional[tuple[str, ...]] = ()
+    overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="[KEY=VALUE ...]")] = ()
     """Settings to change, KEY=VALUE."""
     tune: tuple[str, ...] = ()
     """KEY=VALUE,VALUE,...: train every combination with Ray Tune (extra `tune`)."""
@@ -117,9 +116,9 @@ class PretrainCommand:
 class DiagnoseCommand:
     """What the autoencoder loses of each layer, and which layers are faulty."""
 
-    model: Positional[Path]
+    model: Annotated[Positional[Path], arg(metavar="MODEL")]
     """Folder of a training, or a model file."""
-    prepared: Positional[Path]
+    prepared: Annotated[Positional[Path], arg(metavar="PREPARED")]
     """File of `sane preprocess`."""
     split: Literal["train", "validation", "test"] = "test"
     """Whose checkpoints to reconstruct."""
@@ -143,11 +142,11 @@ class DiagnoseCommand:
 class EmbedCommand:
     """Embed all networks of a zoo, a folder of .pt or .safetensors files, or one file."""
 
-    model: Positional[Path]
+    model: Annotated[Positional[Path], arg(metavar="MODEL")]
     """Folder of a training, or a model file."""
-    source: Positional[Path]
+    source: Annotated[Positional[Path], arg(metavar="SOURCE")]
     """What to embed."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("embeddings.safetensors")
+    out: Annotated[Path, arg(aliases=["-o"])] = Path("embeddings.safetensors")
     """File to write: `embeddings` (n, l), with runs and steps in its metadata."""
     halo: _Halo = None
     """Window and halo in tokens, e.g. 128 64: an approximation of full attention for long sequences."""
@@ -161,9 +160,9 @@ class EmbedCommand:
 class PredictCommand:
     """Predict properties from embeddings: ridges fitted on training runs, chosen on validation runs, judged on test runs."""
 
-    model: Positional[Path]
+    model: Annotated[Positional[Path], arg(metavar="MODEL")]
     """Folder of a training, or a model file."""
-    prepared: Positional[Path]
+    prepared: Annotated[Positional[Path], arg(metavar="PREPARED")]
     """File of `sane preprocess`."""
     properties: tuple[str, ...] = ("test_acc", "epoch", "ggap")
     """Metrics of the zoo, epoch, ggap, or config:KEY (a text, as config:model::init_type, is classified)."""
@@ -175,7 +174,7 @@ class PredictCommand:
     """Window and halo in tokens, instead of full attention."""
     resamples: int = 1000
     """Draws of the test runs for the 95 % intervals."""
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None
     """Also write the report to this JSON file."""
     seed: int = 0
     """Draws the resamples."""
@@ -189,11 +188,11 @@ class PredictCommand:
 class SampleCommand:
     """Sample networks around anchors, and compare them with what costs nothing: is it worth it, and are they new?"""
 
-    model: Positional[Path]
+    model: Annotated[Positional[Path], arg(metavar="MODEL")]
     """Folder of a training, or a model file."""
-    prepared: Positional[Path]
+    prepared: Annotated[Positional[Path], arg(metavar="PREPARED")]
     """File of `sane preprocess`; its training checkpoints are the anchors."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("samples.safetensors")
+    out: Annotated[Path, arg(aliases=["-o"])] = Path("samples.safetensors")
     """File to write: stacked tensors."""
     num: int = 10
     """Networks to sample."""
@@ -251,9 +250,9 @@ class SampleCommand:
 class FinetuneCommand:
     """Train stacked networks on, all at once, and judge them after every epoch, single and as an ensemble."""
 
-    networks: Positional[Path]
+    networks: Annotated[Positional[Path], arg(metavar="NETWORKS")]
     """File of `sane sample`."""
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None
     """Write the trained networks to this file."""
     epochs: int = 1
     lr: float = 1e-3
@@ -287,9 +286,9 @@ class ZooTrainCommand:
 
     data: Positional[Literal["digits", "mnist", "fashion_mnist", "cifar10"]]
     """Data set; images are resized to what the network takes."""
-    directory: Positional[Path]
+    directory: Annotated[Positional[Path], arg(metavar="ZOO")]
     """Folder of the zoo."""
-    settings: Positional[tuple[str, ...]] = ()
+    settings: Annotated[Positional[tuple[str, ...]], arg(metavar="[KEY=VALUE ...]")] = ()
     """Hyper-parameters, KEY=VALUE[,VALUE...]."""
     network: str = "CNN"
     """A published type: MLP, CNN, CNN2, CNN3, ResCNN, CNN_more_layers, CNN_residual, Resnet18, MiniAlexNet, ..."""
@@ -329,7 +328,7 @@ class ZooTrainCommand:
 class ZooInspectCommand:
     """Which properties a zoo has and how they spread over its splits."""
 
-    zoo: Positional[Path]
+    zoo: Annotated[Positional[Path], arg(metavar="ZOO")]
     """Folder of a zoo."""
     json: bool = False
     """Print one JSON object."""

@@ -29,7 +29,7 @@ Examples:
 class InspectConfig:
     """Show what a zoo holds; reads headers and metrics only."""
 
-    zoo: Positional[Path]
+    zoo: Annotated[Positional[Path], arg(metavar="ZOO")]
     """Folder of the zoo."""
     json: bool = False
     """Print one JSON object."""
@@ -39,7 +39,7 @@ class InspectConfig:
 class VerifyConfig:
     """Check sums, structure and finite values of every shard."""
 
-    zoo: Positional[Path]
+    zoo: Annotated[Positional[Path], arg(metavar="ZOO")]
     """Folder of the zoo."""
     repair: bool = False
     """Move shards that keep the zoo from opening to quarantine/ in the zoo, and remove temporary files of killed writers;
@@ -54,9 +54,9 @@ class VerifyConfig:
 class ConvertConfig:
     """Convert runs from or to a published format; after an interruption, the same command goes on."""
 
-    source: Positional[Path]
+    source: Annotated[Positional[Path], arg(metavar="SOURCE")]
     """Folder of runs: a zoo, a dataset of G.pt (LMDB), trial folders of Ray Tune, or .pt and .safetensors files."""
-    target: Positional[Path]
+    target: Annotated[Positional[Path], arg(metavar="TARGET")]
     """Folder to make, or to go on with."""
     source_format: Annotated[Literal["auto", "zoo", "gpt", "trials", "files"], arg(name="from")] = "auto"
     """Format of the source; auto: by what lies in the folder."""
@@ -84,11 +84,11 @@ class ConvertConfig:
 class MergeConfig:
     """Bring the shards of several zoos together in one; safe to repeat."""
 
-    target: Positional[Path]
+    target: Annotated[Positional[Path], arg(metavar="TARGET")]
     """Folder of the zoo to add to; made if it does not exist."""
-    source: Positional[Path]
+    source: Annotated[Positional[Path], arg(metavar="SOURCE")]
     """Folder of a zoo to take shards from; it stays as it is."""
-    sources: Positional[tuple[Path, ...]] = ()
+    sources: Annotated[Positional[tuple[Path, ...]], arg(metavar="[SOURCE ...]")] = ()
     """Folders of further ones."""
     json: bool = False
     """Print one JSON object."""
@@ -98,9 +98,9 @@ class MergeConfig:
 class PushConfig:
     """Upload a zoo to a hub; only what is not there yet is sent."""
 
-    zoo: Positional[Path]
+    zoo: Annotated[Positional[Path], arg(metavar="ZOO")]
     """Folder of the zoo."""
-    repo: Positional[str]
+    repo: Annotated[Positional[str], arg(metavar="REPO")]
     """Repository, owner/name; made if there is none."""
     revision: str | None = None
     """Branch to write to; made if there is none. Default: main."""
@@ -114,9 +114,9 @@ class PushConfig:
 class PullConfig:
     """Download a zoo from a hub, and check it; safe to repeat."""
 
-    repo: Positional[str]
+    repo: Annotated[Positional[str], arg(metavar="REPO")]
     """Repository, owner/name."""
-    zoo: Positional[Path]
+    zoo: Annotated[Positional[Path], arg(metavar="ZOO")]
     """Folder for it: new, or with an earlier state of the same zoo."""
     revision: str | None = None
     """Branch, tag or commit; default: main."""

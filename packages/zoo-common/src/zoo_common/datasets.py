@@ -107,7 +107,8 @@ def _load(name: str, data_dir: Path | None, download: bool) -> Splits:
             where = f"there is no folder {data_dir}"
         raise FileNotFoundError(
             f"{source.title}: {where}; give the folder that holds its original files or .npz with --data-dir, "
-            f"or let torchvision fetch them there with --download"
+            f"or fetch them there: with --download, where a command has it, or with "
+            f"torchvision.datasets.{source.download}(FOLDER, download=True)"
         )
     train = _normalise(raw.train_images, raw.train_labels, source)
     test = _normalise(raw.test_images, raw.test_labels, source)

@@ -85,7 +85,8 @@ class Symmetry:
     def random_permutations(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
         """Independent uniform permutations for ``n`` networks: (n, s) per group, on the generator's device."""
         device = generator.device if generator is not None else torch.device("cpu")
-        return [_orders(torch.rand(n, g.size, generator=generator, device=device)) for g in self.groups]
+        draws = (torch.rand(n, g.size, generator=generator, device=device, dtype=torch.float32) for g in self.groups)
+        return [_orders(x) for x in draws]
 
     def apply(
         self,
