@@ -1,8 +1,14 @@
 import pytest
 import torch
-from support.formats import make_net, write_trial
+from support.formats import close_environments, make_net, write_trial
 from torch import nn
 from zoo_common import ParameterLayout, Run, Zoo
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    close_environments()
 
 
 @pytest.fixture

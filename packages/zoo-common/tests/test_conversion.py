@@ -9,7 +9,6 @@ import pytest
 import torch
 from support.formats import (
     assert_same_runs,
-    close_environments,
     dump,
     make_net,
     original_reader,
@@ -24,12 +23,6 @@ from zoo_common.cli import main
 from zoo_common.formats import zoos
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoint_datasets"
-
-
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    close_environments()
 
 
 def test_a_zoo_becomes_trials_with_common_epochs_and_comes_back(own, tmp_path):

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 from support.formats import (
     assert_same_runs,
-    close_environments,
     dump,
     make_net,
     original_reader,
@@ -30,12 +29,6 @@ from zoo_common import ParameterLayout, Zoo, open_source
 from zoo_common.formats import lmdb_runs
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoint_datasets"
-
-
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    close_environments()
 
 
 def published(golden):
