@@ -317,7 +317,7 @@ class Pretraining:
         line |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": round(seconds, 3)}
         if self.first:
             _append(log, line)
-        bar.set_postfix(loss=f"{self.last_loss:.4f}")
+        bar.set_postfix(loss=f"{self.last_loss:.4f}", refresh=False)
 
     def check(self) -> None:
         """Stop a training that has diverged, before it overwrites the last good state."""
