@@ -97,7 +97,7 @@ def test_two_processes_take_the_steps_of_one(workshop, tmp_path):
 
 
 def test_nothing_stays_on_the_cpu_when_an_autoencoder_is_trained_and_used_elsewhere(workshop, tmp_path, capsys):
-    here, there = (config(workshop, tmp_path / name) for name in ("here", "there"))
+    here, there = (config(workshop, tmp_path / name, "training.target=clean") for name in ("here", "there"))
     pretrain(here, quiet=True)
     with elsewhere("sane.pretraining.choose_device", "sane.commands.choose_device"):
         pretrain(there, quiet=True)
