@@ -1,9 +1,11 @@
 """The autoencoder: published keys, sizes, outputs, losses and optimizer steps."""
 
+import re
+
 import pytest
 import torch
 from sane.autoencoder import Autoencoder, AutoencoderConfig
-from sane.losses import Objective, nt_xent, positive_similarity, reconstruction
+from sane.losses import Objective, explained_variance, nt_xent, positive_similarity, reconstruction
 from sane.optimization import OptimizationConfig, clip_gradients, make_optimizer, make_schedule
 from support.autoencoders import filled_autoencoder_state, recipe_positions
 from support.golden import assert_close, assert_stats, fill
@@ -57,12 +59,22 @@ def test_keys_and_outputs_are_the_published_ones(golden):
             assert_close(result, stored, "sane/forward", name)
 
 
+def loss_inputs(recipe):
+    """The tensors zi, zj, y, m, t of ``zi=fill('NAME',(a,b),SCALE), zj likewise, ..., m=fill('NAME',same,1)>-0.5``."""
+    found, shape = {}, ()
+    for key, name, sizes, scale in re.findall(r"(\w+)=fill\('([^']+)',\s*(\([^)]*\)|same[^,]*),\s*([\d.]+)\)", recipe):
+        shape = shape if sizes.startswith("same") else [int(size) for size in re.findall(r"\d+", sizes)]
+        found[key] = fill(name, shape, float(scale))
+        if f"{key[:-1]}j likewise" in recipe:
+            found[key[:-1] + "j"] = fill(name[:-1] + "j", shape, float(scale))
+    m = found["m"] > float(re.search(r"\)>(-?[\d.]+)", recipe)[1])
+    return found["zi"], found["zj"], found["y"], found["t"] * m, m
+
+
 @pytest.mark.golden("losses.json", cases="values")
 def test_losses_are_the_published_ones(golden):
     case = golden.case
-    z_i, z_j = fill("loss/zi", (8, 12)), fill("loss/zj", (8, 12))
-    y, m = fill("loss/y", (16, 5, 9)), fill("loss/m", (16, 5, 9)) > -0.5
-    t = fill("loss/t", (16, 5, 9)) * m
+    z_i, z_j, y, t, m = loss_inputs(golden.document["recipe"])
     if case["loss"] == "nt_xent":
         values = [nt_xent(z_i, z_j, case["temperature"]), nt_xent(z_i.relu(), z_j.relu(), case["temperature"])]
         assert_close(values, [case["value"], case["value_on_relu_inputs"]], "sane/loss")
@@ -70,6 +82,8 @@ def test_losses_are_the_published_ones(golden):
         assert_close(positive_similarity(z_i, z_j, case["temperature"], legacy=True), case["value"], "sane/loss")
     elif case["loss"].startswith("masked_recon"):
         assert_close(reconstruction(y, t, m, reduction=case["loss"].split()[1]), case["value"], "sane/loss")
+        if "rsq" in case:
+            assert_close(explained_variance(y, t, m), case["rsq"], "sane/loss")
     else:
         options = {key: case[key] for key in ("gamma", "temperature", "z_var_penalty", "z_norm_penalty")}
         assert_terms(Objective(**options)(z_i, z_j, y, t, m), case)

@@ -1,5 +1,7 @@
 """Features and regressions of the published property prediction."""
 
+import re
+
 import pytest
 import torch
 from sane.features import SPECTRAL, layer_statistics, spectral_features, to_polar
@@ -29,13 +31,14 @@ def test_layer_statistics_are_the_published_ones(golden):
 
 @pytest.mark.golden("downstream.json", cases="ridge")
 def test_ridge_regressions_are_the_published_ones(golden):
-    case, tag = golden.case, golden.case["tag"]
+    case, tag, recipe = golden.case, golden.case["tag"], golden.document["recipe"]
+    offset, missing = re.search(r"X_k@w\+([\d.]+)", recipe)[1], re.search(r"y_train\[(\d+)\]=nan", recipe)[1]
     w = fill(tag + "w", (case["d"],))
     groups = {}
     for name, n in zip(("train", "test", "val"), case["n"], strict=True):
         x = fill(f"{tag}X_{name}", (n, case["d"]))
-        groups[name] = (x, x @ w + 1.5 + fill(f"{tag}n_{name}", (n,), case["noise"]))
-    groups["train"][1][3] = torch.nan
+        groups[name] = (x, x @ w + float(offset) + fill(f"{tag}n_{name}", (n,), case["noise"]))
+    groups["train"][1][int(missing)] = torch.nan
     known = groups["train"][1].isfinite()
     x, y = groups["train"][0][known], groups["train"][1][known]
 

@@ -1,5 +1,7 @@
 """Draws of latents and conditioning of batch norms are the published ones."""
 
+import re
+
 import pytest
 import torch
 from sane.networks import build_network
@@ -47,7 +49,8 @@ def test_conditioned_statistics_are_the_published_ones(golden):
     module.load_state_dict(state)
     networks = Networks(module)
     vector = networks.layout.flatten(state)
-    batches = [fill(f"{tag}batch{i}", (case["batch_size"], 3, 32, 32)) for i in range(case["iterations"])]
+    image = [int(size) for size in re.search(r"\(batch_size,([\d,]+)\)", golden.document["recipe"])[1].split(",")]
+    batches = [fill(f"{tag}batch{i}", (case["batch_size"], *image)) for i in range(case["iterations"])]
     found = networks.condition(torch.stack([vector, 2 * vector]), batches)
     conditioned = networks.layout.unflatten(found.vectors[0])
     for name, stats in case["running_stats"].items():

@@ -1,5 +1,7 @@
 """Preparing a zoo: published splits, statistics and properties; alignment that keeps functions; small files."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -11,21 +13,29 @@ from support.golden import assert_close, fill
 from zoo_common import ParameterLayout, Run, Zoo
 
 CNN = {"model::type": "CNN", "model::channels_in": 1, "model::o_dim": 10, "model::init_type": "kaiming_uniform"}
-CNN3 = {"model::type": "CNN3", "model::channels_in": 3, "model::o_dim": 10}
 
 
-def published_zoo(path):
-    """The synthetic zoo of the golden's recipe, checkpoints 21 to 25 of twenty trials."""
-    network = build_network(CNN3)
-    layout, epochs = ParameterLayout.from_module(network), range(21, 26)
-    zoo = Zoo.create(path, layout=layout)
+def published_zoo(path, stored):
+    """The synthetic zoo of the golden's recipe: its stored epochs, all trials."""
+    recipe, epochs = stored["recipe"], stored["dataset_info_train"]["epoch_list"]
+    kind, channels = re.search(r"(\w+) \((\d+) input channels", recipe).groups()
+    config = {"model::type": kind, "model::channels_in": int(channels), "model::o_dim": 10}
+    (tag,) = re.findall(r"t='(\S+?/m<i>/e<e>/)'", recipe)
+    noise_tag, scale = re.search(r"fill\('([^']*<i>/<e>)',\(1,\),([\d.]+)\)", recipe).groups()
+    lines = {name: re.search(rf"{name}=([\d.]+)\+a\+([\d.]+)\*e", recipe) for name in ("train_acc", "test_acc")}
+    network = build_network(config)
+    layout, e = ParameterLayout.from_module(network), np.array(epochs)
+
+    def of(name, i, epoch):
+        return name.replace("<i>", str(i)).replace("<e>", str(epoch))
+
     runs = []
-    for i in range(20):
-        params = layout.stack([filled_state(network.state_dict(), f"zoo/m{i}/e{e}/") for e in epochs])
-        noise = np.array([fill(f"zoo/acc/{i}/{e}", (1,), 0.05)[0].item() for e in epochs])
-        e = np.array(epochs)
-        metrics = {"train_acc": 0.5 + noise + 0.01 * e, "test_acc": 0.45 + noise + 0.008 * e}
-        runs.append(Run(f"NN_tune_trainable_g{i:03d}_{i:05d}_0_seed={i + 1}", params, epochs, metrics, CNN3))
+    for i, trial in enumerate(sorted(stored["shuffled_order"])):
+        params = layout.stack([filled_state(network.state_dict(), of(tag, i, epoch)) for epoch in epochs])
+        noise = np.array([fill(of(noise_tag, i, epoch), (1,), float(scale))[0].item() for epoch in epochs])
+        metrics = {name: float(line[1]) + noise + float(line[2]) * e for name, line in lines.items()}
+        runs.append(Run(trial, params, epochs, metrics, config))
+    zoo = Zoo.create(path, layout=layout)
     zoo.append(runs)
     return zoo
 
@@ -33,7 +43,7 @@ def published_zoo(path):
 @pytest.mark.golden("pipeline.json")
 def test_splits_statistics_and_properties_are_the_published_ones(golden, tmp_path):
     stored = golden.case
-    zoo = published_zoo(tmp_path / "zoo")
+    zoo = published_zoo(tmp_path / "zoo", stored)
     info = stored["dataset_info_train"]
     config = PrepareConfig(
         token_size="legacy-auto",
