@@ -35,6 +35,13 @@ def test_help_has_examples(arguments, capsys):
     assert "sane zoo train digits zoo" in capsys.readouterr().out
 
 
+def test_help_lists_all_commands(capsys):
+    main(["--help"])
+    shown = capsys.readouterr().out
+    names = "zoo preprocess align pretrain diagnose embed predict sample finetune".split()
+    assert [name for name in names if f"• {name} " not in shown] == []
+
+
 def test_version_is_that_of_the_package(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"sane {version('sane')}\n"

@@ -334,6 +334,11 @@ class ZooInspectCommand:
     """Print one JSON object."""
 
 
+@dataclass(frozen=True)
+class ZooCommand:
+    """Make and look at zoos of the published networks: `sane zoo train`, `sane zoo inspect`."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -344,6 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         return run_command("sane zoo", ZOO_DESCRIPTION, zoos, arguments[1:] or ["--help"], package="sane")
     commands: dict[str, tuple[type, Callable[[Any], int | None]]] = {
+        "zoo": (ZooCommand, lambda _: main(["zoo"])),  # for the list of commands: those of zoo are parsed above
         "preprocess": (PreprocessCommand, _later("preprocess")),
         "align": (AlignCommand, _later("align")),
         "pretrain": (PretrainCommand, _later("pretrain")),
