@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from sane.features import tensor_statistics
+from sane.features import by_layer, layer_axes, tensor_statistics
 from sane.prediction import (
     Labelled,
     PropertyPredictor,
@@ -13,7 +13,7 @@ from sane.prediction import (
     resample_runs,
     ridge_path,
 )
-from zoo_common import ParameterLayout
+from zoo_common import ChannelTokenizer, ParameterLayout
 
 
 def group(name, runs, per_run=4, seed=0, noise=0.1, d=5):
@@ -161,3 +161,25 @@ def test_tensor_statistics_keep_biases_apart_from_weights():
         expected = np.stack([x.mean(1), np.log(x.std(1)), np.log(np.abs(x).mean(1))], 1)
         np.testing.assert_allclose(found[:, 3 * k : 3 * k + 3], expected, rtol=1e-12)
     assert tensor_statistics(torch.zeros(1, 9), layout).isfinite().all()
+
+
+def test_summaries_along_principal_axes_do_not_depend_on_how_latents_are_turned():
+    rng = torch.Generator().manual_seed(0)
+    layout = ParameterLayout.from_state_dict({"a.weight": torch.zeros(6, 2), "b.weight": torch.zeros(1, 6)})
+    tokenizer = ChannelTokenizer.from_layout(layout, 6)
+    latents = torch.randn(20, 7, 3, generator=rng).double() * torch.tensor([3.0, 2.0, 1.0])
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=rng).double())[0]
+
+    def summary(z, axes):
+        means, spreads = by_layer(z, tokenizer, axes)[:, :6].chunk(2, dim=1)
+        return torch.cat([means.abs(), spreads], 1)  # axes have no sign
+
+    axes, turned_axes = (layer_axes(z.split(8), tokenizer) for z in (latents, latents @ turn))
+    torch.testing.assert_close(summary(latents, axes), summary(latents @ turn, turned_axes), rtol=1e-9, atol=1e-9)
+    assert (summary(latents, None) - summary(latents @ turn, None)).abs().max() > 0.1
+    first = latents[:, :6] - latents[:, :6].mean(1, keepdim=True)
+    spread = torch.from_numpy(np.linalg.eigvalsh(np.einsum("nki,nkj->ij", first, first)))
+    along = (first @ axes[0]).square().sum((0, 1))
+    torch.testing.assert_close(along, spread)
+    assert torch.equal(axes[1].abs(), torch.eye(3).double())  # a layer of one token has no spread: any axes do
+    assert by_layer(latents, tokenizer, axes).isfinite().all()

@@ -32,7 +32,7 @@ from sane.cli import (
 from sane.comparison import compare_groups, nearest_members, novelty_report, rival_groups
 from sane.config import config_to_yaml, load_config
 from sane.device import choose_device
-from sane.features import BASELINES, by_layer
+from sane.features import BASELINES, by_layer, layer_axes
 from sane.images import first_images, images_of
 from sane.model import Halo, SaneModel, load_model
 from sane.population import FineTuning, Networks, image_batches
@@ -42,6 +42,8 @@ from sane.properties import DEFAULTS
 from sane.reconstruction import reconstruct
 from sane.sampling import KernelDensity, Sampler
 
+_AXES = 512
+"""Training checkpoints, at most, from which the axes of the latents are taken."""
 _LOST = 0.9
 """Relative error of the reconstruction from which an autoencoder has learned next to nothing."""
 
@@ -215,9 +217,11 @@ def predict(command: PredictCommand) -> None:
         _check_folder(command.out)
     model, prepared = _model_and_zoo(command.model, command.prepared, command.device)
     halo = _halo(command.halo)
+    blocks = prepared.blocks("train", _AXES)
+    axes = layer_axes((model.encode(vectors, halo) for _, vectors in blocks), prepared.tokenizer)
 
     def labelled(zoo: Prepared, split: str) -> Labelled:
-        return labelled_split(model, zoo, split, command.properties, command.baselines, halo)
+        return labelled_split(model, zoo, split, command.properties, command.baselines, halo, axes)
 
     others = {str(path): _fitting(model, path) for path in command.elsewhere}
     predictor = PropertyPredictor(labelled(prepared, "train"), labelled(prepared, "validation"))
@@ -258,14 +262,25 @@ def labelled_split(
     properties: Sequence[str] = DEFAULTS,
     baselines: Sequence[str] = (),
     halo: Halo | None = None,
+    axes: Sequence[Tensor] | None = None,
 ) -> Labelled:
-    """Embeddings (the published mean, and by layer), baseline features and properties of the checkpoints of a split."""
+    """Embeddings (the published mean, and by layer), baseline features and properties of the checkpoints of a split.
+
+    Args:
+        model: The autoencoder.
+        prepared: The zoo.
+        split: train, validation or test.
+        properties: What is to be predicted.
+        baselines: Names of :data:`sane.features.BASELINES`.
+        halo: Windows instead of full attention.
+        axes: Of each layer's latents, see :func:`sane.features.layer_axes`.
+    """
     parts: dict[str, list[Tensor]] = {name: [] for name in ("embedding", "embedding by layer", *baselines)}
     for _, vectors in prepared.blocks(split):
         tokens = prepared.tokens(vectors)
         latents = model.encode(vectors, halo)
         parts["embedding"].append(latents.mean(1))
-        parts["embedding by layer"].append(by_layer(latents, prepared.tokenizer))
+        parts["embedding by layer"].append(by_layer(latents, prepared.tokenizer, axes))
         for name in baselines:
             parts[name].append(BASELINES[name](vectors, tokens, prepared.tokenizer))
     if not parts["embedding"]:

@@ -4,7 +4,7 @@ Shapes: ``n`` checkpoints of ``d`` numbers, ``k`` tokens of ``i`` scalars, L lay
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -57,9 +57,35 @@ def tensor_statistics(vectors: Tensor, layout: ParameterLayout) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-def by_layer(latents: Tensor, tokenizer: ChannelTokenizer) -> Tensor:
-    """Mean, and logarithm of the standard deviation, of the latents of every layer's tokens: (n, 2L l) of (n, k, l)."""
-    parts = [latents[:, layer.start : layer.stop] for layer in tokenizer.layers]
+def layer_axes(latents: Iterable[Tensor], tokenizer: ChannelTokenizer) -> list[Tensor]:
+    """Principal axes of each layer's latents about their mean in each checkpoint: (l, l), one in each column.
+
+    An autoencoder can turn its latents and turn them back; spreads along these axes do not depend on that.
+
+    Args:
+        latents: Blocks (n, k, l) of training checkpoints.
+        tokenizer: Where layers are.
+    """
+    products: list[Tensor] = []
+    for block in latents:
+        parts = [block[:, layer.start : layer.stop].double() for layer in tokenizer.layers]
+        centered = [(part - part.mean(1, keepdim=True)).flatten(0, 1) for part in parts]
+        found = [part.T @ part for part in centered]
+        products = [a + b for a, b in zip(products, found, strict=True)] if products else found
+    return [torch.linalg.eigh(product)[1] for product in products]
+
+
+def by_layer(latents: Tensor, tokenizer: ChannelTokenizer, axes: Sequence[Tensor] | None = None) -> Tensor:
+    """Mean, and logarithm of the standard deviation, of the latents of every layer's tokens: (n, 2L l) float64.
+
+    Args:
+        latents: (n, k, l).
+        tokenizer: Where layers are.
+        axes: For each layer the axes (l, l) to take both along; default: the latents as they are.
+    """
+    parts = [latents[:, layer.start : layer.stop].double() for layer in tokenizer.layers]
+    if axes is not None:
+        parts = [part @ axis for part, axis in zip(parts, axes, strict=True)]
     rows = [(part.mean(1), part.std(1, correction=0).clamp_min(1e-6).log()) for part in parts]
     return torch.cat([x for pair in rows for x in pair], dim=1)
 
