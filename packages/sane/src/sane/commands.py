@@ -43,7 +43,7 @@ from sane.reconstruction import reconstruct
 from sane.sampling import KernelDensity, Sampler
 
 _AXES = 512
-"""Training checkpoints, at most, from which the axes of the latents are taken."""
+"""Training checkpoints, at most, from which axes of the latents are taken."""
 _LOST = 0.9
 """Relative error of the reconstruction from which an autoencoder has learned next to nothing."""
 

@@ -124,12 +124,13 @@ class Prepared:
         rows = torch.from_numpy(samples.rows[index])
         return self.symmetry.apply(vectors, [table[rows].long() for table in self.permutations])
 
-    def blocks(self, split: str, limit: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """The aligned checkpoints of a split in blocks that fit memory, with their places."""
-        count = len(self.samples[split].runs) if limit is None else min(limit, len(self.samples[split].runs))
+    def blocks(self, split: str, limit: int | None = None) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """The aligned checkpoints of a split in blocks that fit memory, with their places; at most ``limit``, spread evenly."""
+        count = len(self.samples[split].runs)
+        places = np.linspace(0, count - 1, count if limit is None else min(limit, count)).astype(np.int64)
         step = max(1, _TOGETHER // self.tokenizer.layout.size)
-        for start in range(0, count, step):
-            place = slice(start, min(start + step, count))
+        for start in range(0, len(places), step):
+            place = places[start : start + step]
             yield place, self.vectors(split, place)
 
     def tokens(self, vectors: Tensor) -> Tensor:
