@@ -423,28 +423,27 @@ def finetune(command: FinetuneCommand) -> None:
     vectors = networks.layout.flatten(state)
     if vectors.ndim == 1:
         vectors = vectors[None]
-    rows = [_accuracies(networks, vectors, splits)]
     config = FineTuning(
-        1, command.batch, command.lr, command.optimizer, limit=command.train_images, schedule=command.schedule
+        command.epochs,
+        command.batch,
+        command.lr,
+        command.optimizer,
+        limit=command.train_images,
+        schedule=command.schedule,
     )
-    for epoch in range(command.epochs):
-        vectors = networks.finetune(vectors, splits.train, config, seed=command.seed + epoch)
-        rows.append(_accuracies(networks, vectors, splits))
+    vectors, accuracies = networks.finetune_judged(vectors, splits, config, seed=command.seed)
     if command.out is not None:
         save_checkpoint(command.out, networks.layout.unflatten(vectors), content.metadata)
     ensemble = networks.ensemble_accuracy(vectors, splits.test)
-    show(
-        {f"after epoch {k}" if k else "zero-shot": row for k, row in enumerate(rows)} | {"ensemble": ensemble},
-        command.json,
-    )
-
-
-def _accuracies(networks: Networks, vectors: Tensor, splits: Splits) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for name in ("validation", "test"):
-        accuracy = networks.accuracy(vectors, getattr(splits, name))
-        found |= {f"{name}_acc_mean": accuracy.mean().item(), f"{name}_acc_std": accuracy.std(correction=0).item()}
-    return found
+    report: dict[str, Any] = {
+        f"after epoch {k}" if k else "zero-shot": {
+            f"{part}_acc_{kind}": value.item()
+            for part, table in accuracies.items()
+            for kind, value in (("mean", table[k].mean()), ("std", table[k].std(correction=0)))
+        }
+        for k in range(command.epochs + 1)
+    }
+    show(report | {"ensemble": ensemble}, command.json)
 
 
 def reset_classifier(

@@ -94,17 +94,11 @@ def compare_groups(
     """
     sizes = [len(vectors) for vectors in groups.values()]
     joined = torch.cat(list(groups.values()))
-    tests, validations = [networks.accuracy(joined, splits.test)], [networks.accuracy(joined, splits.validation)]
-    trained = joined
-    for epoch in range(finetuning.epochs):
-        one = FineTuning(**{**vars(finetuning), "epochs": 1})
-        trained = networks.finetune(trained, splits.train, one, seed=seed + epoch)
-        tests.append(networks.accuracy(trained, splits.test))
-        validations.append(networks.accuracy(trained, splits.validation))
+    trained, accuracies = networks.finetune_judged(joined, splits, finetuning, seed=seed)
     scores, start = [], 0
     for name, size in zip(groups, sizes, strict=True):
         rows = slice(start, start + size)
-        test, validation = ([row[rows] for row in table] for table in (tests, validations))
+        test, validation = (accuracies[name][:, rows] for name in ("test", "validation"))
         scores.append(
             GroupScore(
                 name,
