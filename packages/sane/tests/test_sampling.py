@@ -1,5 +1,7 @@
 """Sampling: what the modes promise, strategies that keep the best, rivals, novelty, conditioning and fine-tuning."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -236,11 +238,29 @@ def test_novelty_finds_permuted_copies():
     # candidates are the nearest before alignment, as members and samples are in canonical form
     aligned = symmetry.align(members, members[0])
     copies, unseen = symmetry.align(copies, members[0]), symmetry.align(fresh, members[0])
-    near = nearest_members(copies, aligned.split(20), symmetry)
+    near = nearest_members(copies, lambda: aligned.split(20), symmetry)
     assert near.member.tolist() == [0, 1, 2] and near.distance.max() < 1e-5
-    away = nearest_members(unseen, aligned.split(20), symmetry)
+    away = nearest_members(unseen, lambda: aligned.split(20), symmetry)
     report = novelty_report(near, away)
     assert report.nearer_than_unseen == 1 and report.unseen > 0.5
     assert novelty_report(away, away).nearer_than_unseen < 0.2
     with pytest.raises(ValueError, match="no members"):
-        nearest_members(copies, [], symmetry)
+        nearest_members(copies, list, symmetry)
+
+
+def test_novelty_is_that_of_all_permutations_of_all_members():
+    torch.manual_seed(0)
+    config = {"model::type": "MLP", "model::i_dim": 4, "model::h_dim": [3], "model::o_dim": 2}
+    nets = [build_network(config) for _ in range(70)]
+    symmetry = Symmetry.from_module(nets[0].eval(), torch.zeros(2, 4))
+    vectors = symmetry.layout.stack(nets).detach()
+    vectors[:10] = vectors[10:20] + 1e-6 * torch.randn(10, vectors.shape[1])  # nearly copies
+    orders = torch.tensor(list(itertools.permutations(range(3))))
+    permuted = torch.stack([symmetry.apply(vectors[10:], [order.expand(60, 3)]) for order in orders])  # (6, 60, d)
+    exact = (vectors[:10, None, None] - permuted).norm(dim=3).flatten(1).amin(1) / vectors[:10].norm(dim=1)
+    found = nearest_members(vectors[:10], lambda: vectors[10:].split(30), symmetry)
+    torch.testing.assert_close(found.distance, exact, rtol=1e-4, atol=0)
+    assert found.member.tolist() == [*range(10)] and exact.max() < 1e-5
+    away = nearest_members(vectors[10:15], lambda: vectors[15:].split(30), symmetry)
+    exact = (vectors[10:15, None, None] - permuted[:, 5:]).norm(dim=3).flatten(1).amin(1)
+    torch.testing.assert_close(away.distance, exact / vectors[10:15].norm(dim=1))

@@ -219,7 +219,7 @@ def predict(command: PredictCommand) -> None:
     def labelled(zoo: Prepared, split: str) -> Labelled:
         return labelled_split(model, zoo, split, command.properties, command.baselines, halo)
 
-    others = {str(path): _fitting(model, path) for path in command.elsewhere}
+    others = {str(path): _fitting(model, path, elsewhere=True, quiet=command.json) for path in command.elsewhere}
     predictor = PropertyPredictor(labelled(prepared, "train"), labelled(prepared, "validation"))
     elsewhere = {name: labelled(zoo, "test") for name, zoo in others.items()}
     scores = predictor.judge(
@@ -284,7 +284,8 @@ def sample(command: SampleCommand) -> None:
         if path is not None:
             _check_folder(path)
     model, prepared = _model_and_zoo(command.model, command.prepared, command.device)
-    judged = command.strategy != "plain" or not command.no_compare or command.choose == "best"
+    normed = command.condition > 0 and any(n.endswith("running_var") for n in prepared.tokenizer.layout.names)
+    judged = command.strategy != "plain" or not command.no_compare or command.choose == "best" or normed
     networks, splits = _networks_and_images(prepared, command) if judged else (None, None)
     if splits is not None:
         parts = (first_images(part, command.judge_images) for part in (splits.validation, splits.test))
@@ -393,7 +394,7 @@ def _judged(
     symmetry = symmetry_of(prepared.zoo) if prepared.config.align != "none" else None
 
     def near(queries: Tensor) -> Any:  # noqa: ANN401 (Nearest)
-        return nearest_members(queries, (block for _, block in prepared.blocks("train")), symmetry)
+        return nearest_members(queries, lambda: (block for _, block in prepared.blocks("train")), symmetry)
 
     tests = prepared.samples["test"]
     _, behind = np.unique(tests.runs[::-1], return_index=True)
@@ -415,14 +416,23 @@ def finetune(command: FinetuneCommand) -> None:
     if not content.metadata.keys() & {"task", "network"}:
         raise ValueError(f"{command.networks} holds no networks: give a file of `sane sample`")
     constructor, shape = known_network(content.metadata, str(command.networks))
-    module, state = constructor(), content.state
+    module, state, facts = constructor(), content.state, dict(content.metadata)
+    if "classes" in facts:  # an earlier transfer
+        module, _ = reset_classifier(module, state, facts["classes"], command.seed)
     if command.reset_classifier is not None:
         module, state = reset_classifier(module, state, command.reset_classifier, command.seed)
+        facts["classes"] = command.reset_classifier
     networks = Networks(module)
-    splits = images_of(content.metadata, shape, command.data, command.data_dir, download=command.download)
+    splits = images_of(facts, shape, command.data, command.data_dir, download=command.download)
+    facts |= {"data": command.data} if command.data is not None else {}
     vectors = networks.layout.flatten(state)
     if vectors.ndim == 1:
         vectors = vectors[None]
+    told, there = networks.population(vectors[:1], splits.test.images[:1]).shape[-1], int(splits.train.labels.max()) + 1
+    if told < there:
+        raise ValueError(
+            f"the data have {there} classes, the networks tell {told} apart: use --reset-classifier {there}"
+        )
     config = FineTuning(
         command.epochs,
         command.batch,
@@ -433,7 +443,7 @@ def finetune(command: FinetuneCommand) -> None:
     )
     vectors, accuracies = networks.finetune_judged(vectors, splits, config, seed=command.seed)
     if command.out is not None:
-        save_checkpoint(command.out, networks.layout.unflatten(vectors), content.metadata)
+        save_checkpoint(command.out, networks.layout.unflatten(vectors), facts)
     ensemble = networks.ensemble_accuracy(vectors, splits.test)
     report: dict[str, Any] = {
         f"after epoch {k}" if k else "zero-shot": {
@@ -473,8 +483,14 @@ def _model_and_zoo(model: Path, prepared: Path, device: str) -> tuple[SaneModel,
     return loaded, _fitting(loaded, prepared)
 
 
-def _fitting(model: SaneModel, path: Path) -> Prepared:
+def _fitting(model: SaneModel, path: Path, *, elsewhere: bool = False, quiet: bool = True) -> Prepared:
     """A prepared zoo with the statistics and tokens of a model.
+
+    Args:
+        model: The model.
+        path: File of the prepared zoo.
+        elsewhere: It is another zoo than the model's, to be aligned with the model's reference.
+        quiet: No progress bar.
 
     Raises:
         ValueError: It holds other networks, or was prepared otherwise.
@@ -489,7 +505,16 @@ def _fitting(model: SaneModel, path: Path) -> Prepared:
             f"{ours.token_size} and {len(ours.skipped)}: prepare the zoo with its token_size and ignore_bn"
         )
     prepared.normalization = model.normalization
-    if not torch.equal(prepared.reference, model.reference) and prepared.config.align != "none":
+    align = model.facts.get("align", "none")
+    if elsewhere:
+        prepared.align_with(model.reference, align, quiet=quiet)
+        return prepared
+    if prepared.config.align != align:
+        raise ValueError(
+            f"{path} is prepared with align={prepared.config.align}, the model's zoo with align={align}: "
+            "use the file it was trained on"
+        )
+    if not torch.equal(prepared.reference, model.reference) and align != "none":
         raise ValueError(f"{path} is aligned with another reference than the model: use the file it was trained on")
     return prepared
 
@@ -531,10 +556,12 @@ def _row(score: Score, others: Sequence[str]) -> list[Any]:
     ahead = ""
     if score.difference is not None:
         ahead = f"{score.difference:.3f} ({score.difference_low:.3f} .. {score.difference_high:.3f})"
-    away = [
-        f"{score.elsewhere[name][0]:.3f}, tau {score.elsewhere[name][1]:.3f}" if name in score.elsewhere else ""
-        for name in others
-    ]
+    away = []
+    for name in others:
+        value, rank = score.elsewhere.get(name, (math.nan, math.nan))
+        away.append(
+            f"{value:.3f}" + (f", tau {rank:.3f}" if math.isfinite(rank) else "") if math.isfinite(value) else ""
+        )
     tau = score.kendall if math.isfinite(score.kendall) else None
     return [score.property, score.features, interval, tau, ahead, score.runs, *away]
 
