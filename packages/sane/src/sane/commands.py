@@ -202,8 +202,13 @@ def embed(command: EmbedCommand) -> None:
     found = embedding.embed(model, command.source, halo=_halo(command.halo), quiet=command.json)
     facts = {"runs": found.runs, "steps": found.steps, "method": found.method, "cosine": found.cosine}
     save_checkpoint(command.out, {"embeddings": found.vectors}, facts)
-    summary = {"file": str(command.out), "embeddings": list(found.vectors.shape), "method": found.method}
-    show(summary | ({} if found.cosine is None else {"cosine to full attention": found.cosine}), command.json)
+    summary: dict[str, Any] = {
+        "file": str(command.out),
+        "embeddings": list(found.vectors.shape),
+        "method": found.method,
+    }
+    summary |= {} if found.cosine is None else {"cosine to full attention": found.cosine}
+    show(summary | ({"left out": found.left_out} if found.left_out else {}), command.json)
 
 
 def predict(command: PredictCommand) -> None:
