@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sane.cli import main
+from support.autoencoders import CNN, zoo_of_networks
 from zoo_common import Zoo
 from zoo_common.checkpoint import load_checkpoint
 
@@ -186,6 +187,34 @@ def test_a_zoo_prepared_otherwise_than_the_model_is_refused(workshop, tmp_path, 
     assert "tokens of 50 scalars" in line and "prepare the zoo with its token_size and ignore_bn" in line
     said(capsys, "preprocess", workshop / "zoo", "-o", other, "--token-size", 40, "--split", "published")
     assert "aligned with another reference" in error(capsys, "predict", workshop / "results" / "small", other)
+
+
+def test_other_zoos_are_aligned_with_the_reference_of_the_model(workshop, tmp_path, capsys):
+    made = zoo_of_networks(tmp_path / "zoo", {**CNN, "dataset::name": "digits"}, runs=12, checkpoints=2, seed=5)
+    files = [tmp_path / "last.safetensors", tmp_path / "none.safetensors"]
+    for file in files:
+        said(capsys, "preprocess", made.path, "-o", file, "--token-size", 40, "--align", file.stem)
+    small = [workshop / "results" / "small", workshop / "prepared.safetensors", "--resamples", 5]
+    found = said(capsys, "predict", *small, "--elsewhere", *files, "--properties", "test_acc")
+    for score in found["scores"]:
+        last, none = (score["elsewhere"][str(file)] for file in files)
+        assert last[0] is not None and last == pytest.approx(none, rel=1e-3, abs=1e-4)
+    line = error(capsys, "predict", small[0], files[1])
+    assert "is prepared with align=none, the model's zoo with align=last: use the file it was trained on" in line
+
+
+def test_transfer_to_another_number_of_classes_can_go_on(workshop, tmp_path, capsys):
+    new, tuned = tmp_path / "new.safetensors", tmp_path / "tuned.safetensors"
+    small, data = workshop / "results" / "small", workshop / "prepared.safetensors"
+    options = ["--num", 2, "--anchors", 2, "--choose", "first", "--no-compare"]
+    said(capsys, "sample", small, data, "-o", new, *options)
+    some = ["--train-images", 64, "--epochs", 2, "--schedule", "onecycle"]
+    report = said(capsys, "finetune", new, "--reset-classifier", 12, "-o", tuned, *some)
+    again = said(capsys, "finetune", tuned, *some)
+    assert again["zero-shot"] == report["after epoch 2"]
+    assert "the data have 10 classes, the networks tell 5 apart: use --reset-classifier 10" in error(
+        capsys, "finetune", new, "--reset-classifier", 5, *some
+    )
 
 
 def test_missing_images_are_fetched_if_asked_for(tmp_path, monkeypatch, capsys):

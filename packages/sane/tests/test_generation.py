@@ -9,10 +9,11 @@ import torch
 from sane.cli import main
 from sane.generation import ZooPlan, ZooWork, train_zoo
 from sane.generation import _on as used
-from sane.images import images_of
-from sane.networks import build_network
+from sane.images import images_of, shaped
+from sane.networks import COLOURED, build_network, input_shape
 from sane.zoo_training import judge, make_optimizer, train_run
 from support.reliability import assert_same_files, run, run_killed
+from zoo_common.datasets import Part
 from zoo_common.zoo import Run, Zoo
 
 PLAN = ZooPlan(
@@ -26,7 +27,7 @@ PLAN = ZooPlan(
 
 def digits(plan, shape=None):
     """The images of a plan."""
-    return used(images_of({"data": "digits"}, shape), plan, torch.device("cpu"))
+    return used(images_of({"data": "digits"}, None), plan, shape, torch.device("cpu"))
 
 
 def assert_same_runs(a, b):
@@ -206,3 +207,28 @@ def test_another_plan_is_refused_and_so_is_a_missing_extra(tmp_path, monkeypatch
     with pytest.raises(ImportError, match=r"sane\[tune\]"):
         train_zoo(PLAN, tmp_path / "other", runs=1, ray=True)
     assert not (tmp_path / "other").exists()
+
+
+def test_hidden_layers_are_a_number_or_a_list():
+    config = {"model::type": "MLP", "model::i_dim": 4, "model::o_dim": 2, "model::nlin": "tanh"}
+    one, listed = (build_network({**config, "model::h_dim": hidden}).state_dict() for hidden in (5, [5]))
+    assert [t.shape for t in one.values()] == [t.shape for t in listed.values()]
+    with pytest.raises(ValueError, match="model::h_dim must be a number of units, or a list of them"):
+        build_network({**config, "model::h_dim": "large"})
+
+
+@pytest.mark.parametrize("kind", COLOURED)
+def test_grey_images_fit_networks_that_take_three_channels(kind):
+    part = shaped(Part(torch.rand(2, 1, 8, 8), torch.zeros(2)), input_shape({"model::type": kind}))
+    assert torch.equal(part.images[:, 0], part.images[:, 2])
+    with torch.device("meta"):
+        network = build_network({"model::type": kind, "model::o_dim": 3})
+    assert network.eval()(part.images.to("meta")).shape == (2, 3)
+
+
+def test_a_zoo_of_coloured_networks_uses_grey_data(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("sane.generation.ZooWork.check", lambda work: seen.append(work.splits.train.images.shape))
+    monkeypatch.setattr("sane.generation._missing", lambda *_: [])
+    train_zoo(ZooPlan("densenet121", train_images=4, test_images=3), tmp_path / "zoo", runs=1)
+    assert seen == [(4, 3, 32, 32)]

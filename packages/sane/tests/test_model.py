@@ -81,8 +81,38 @@ def test_networks_that_are_not_finite_are_named(model, prepared, tmp_path):
     vector = prepared.reference.clone()
     vector[3] = torch.nan
     torch.save(model.tokenizer.layout.unflatten(vector), tmp_path / "broken.pt")
-    with pytest.raises(ValueError, match=r"broken\.pt: broken has weights that are not finite: leave it out"):
+    with pytest.raises(ValueError, match=r"broken\.pt has weights that are not finite: leave it out"):
         embed(model, tmp_path / "broken.pt")
+    with pytest.raises(
+        ValueError, match=r"nothing in .* can be embedded: .*broken\.pt has weights that are not finite"
+    ):
+        embed(model, tmp_path)
+
+
+def test_files_of_a_folder_that_cannot_be_used_are_left_out_and_named(model, prepared, tmp_path):
+    layout = model.tokenizer.layout
+    state = layout.unflatten(prepared.reference)
+    torch.save({name: tensor.half() for name, tensor in state.items()}, tmp_path / "half.pt")
+    torch.save({"epoch": 3, "model": state, "optimizer": {"state": {}}}, tmp_path / "nested.pt")
+    torch.save(layout.unflatten(prepared.reference * torch.nan), tmp_path / "nan.pt")
+    torch.save({**state, "epoch": 3}, tmp_path / "epoch.pt")
+    torch.save({**state, layout.names[0]: torch.zeros(2)}, tmp_path / "shape.pt")
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    (tmp_path / "run").mkdir()
+    for step, vector in enumerate((prepared.reference, prepared.reference * torch.inf, prepared.reference)):
+        save_file(layout.unflatten(vector), tmp_path / "run" / f"net_{step}.safetensors")
+    found = embed(model, tmp_path)
+    assert (found.runs, found.steps) == (["half", "nested", "run", "run"], [0, 0, 0, 2])
+    torch.testing.assert_close(found.vectors, found.vectors[1:2].expand(4, -1), rtol=1e-2, atol=1e-3)
+    words = {
+        "nan.pt": "not finite",
+        "epoch.pt": "'epoch' is int",
+        "shape.pt": "another layout",
+        "junk.pt": "damaged",
+        "run/net_1.safetensors": "not finite",
+    }
+    assert found.left_out.keys() == {str(tmp_path / name) for name in words}
+    assert all(text in found.left_out[str(tmp_path / name)] for name, text in words.items())
 
 
 def test_embeddings_do_not_depend_on_the_order_of_hidden_units(model, prepared, tmp_path):

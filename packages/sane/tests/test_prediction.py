@@ -111,6 +111,7 @@ def test_text_is_classified():
     assert good.measure == "accuracy" and good.low <= good.r2 <= good.high and good.r2 > 0.85
     assert noise.r2 < 0.7 and noise.difference_low > 0 and np.isnan(good.kendall)
     assert good.note == "1 of 40 test checkpoints have no size"
+    assert np.isnan(predictor.judge(test, elsewhere={"zoo": test})[0].elsewhere["zoo"][1])  # classes have no ranks
     predicted = predictor.predict("good", "size", test.features["good"])[1:]
     right = np.array([predictor.classes["size"][int(k)] for k in predicted]) == test.properties["size"][1:]
     assert right.mean() == pytest.approx(good.r2)
@@ -136,6 +137,18 @@ def test_other_zoos_are_judged_by_the_same_predictor():
     score = predictor.judge(group("c", 10, seed=2), elsewhere={"same": other, "shifted": shifted})[0]
     assert score.elsewhere["same"][0] > 0.9
     assert score.elsewhere["shifted"][0] < -1 and score.elsewhere["shifted"][1] > 0.9
+
+
+def test_other_zoos_without_information_are_told_in_words():
+    predictor = PropertyPredictor(group("a", 20), group("b", 10, seed=1))
+    other = group("d", 10, seed=5)
+    values = np.where(np.arange(40) < 3, np.nan, 0.5)
+    score = predictor.judge(group("c", 10, seed=2), elsewhere={"zoo": other._replace(properties={"acc": values})})[0]
+    assert np.isnan(score.elsewhere["zoo"][0]) and "3 of 40 checkpoints of zoo have no acc" in score.note
+    assert "acc is the same for all checkpoints of zoo that have it: no score has a meaning" in score.note
+    text = other._replace(properties={"acc": np.full(40, "high")})
+    with pytest.raises(ValueError, match="acc is text in one group or zoo and a number in another"):
+        predictor.judge(group("c", 10, seed=2), elsewhere={"zoo": text})
 
 
 def test_groups_that_are_too_small_or_overlap_are_refused():

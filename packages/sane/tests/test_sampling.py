@@ -1,5 +1,7 @@
 """Sampling: what the modes promise, strategies that keep the best, rivals, novelty, conditioning and fine-tuning."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -154,6 +156,38 @@ def test_conditioning_and_fine_tuning_together_are_those_of_single_networks():
         torch.testing.assert_close(networks.layout.flatten(single).detach(), ft, rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_computed_at_once_is_bounded_by_memory_and_gives_the_same(monkeypatch):
+    torch.manual_seed(0)
+    nets, data = [Net() for _ in range(5)], part(64, 0)
+    config = FineTuning(
+        epochs=2, batch=16, lr=0.05, optimizer="sgd"
+    )  # Adam enlarges rounding where there is no gradient
+    splits = Splits(data, part(64, 1), part(64, 2))
+
+    def results():
+        networks, seen = Networks(nets[0]), []
+        forward = networks.train_forward
+        monkeypatch.setattr(networks, "train_forward", lambda v, x: seen.append(len(v)) or forward(v, x))
+        vectors = networks.layout.stack(nets).detach()
+        tuned, accuracies = networks.finetune_judged(vectors, splits, config, seed=7)
+        conditioned = networks.condition(vectors, image_batches(data, 16, 2, seed=1)).vectors
+        return seen, (tuned, conditioned, *accuracies.values()), networks.ensemble_accuracy(tuned, splits.test)
+
+    (many, expected, ensemble), _ = results(), monkeypatch.setattr("sane.population._NUMBERS", 3000)
+    few, found, same = results()
+    assert set(many) == {5} and max(few) < 5 and ensemble == same
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_networks_that_are_not_finite_have_no_accuracy():
+    networks, data = Networks(Net()), part(20, 0)
+    vectors = networks.layout.flatten(Net()).detach().repeat(3, 1)
+    vectors[1], vectors[2] = torch.nan, torch.inf
+    found = networks.accuracy(vectors, Part(data.images, torch.zeros(20, dtype=torch.int64)))
+    assert found[1:].tolist() == [0, 0]  # though the largest of NaN is class 0
+
+
 def test_an_ensemble_is_the_mean_of_logits_in_evaluation_mode():
     torch.manual_seed(0)
     nets, data = [Net().eval() for _ in range(3)], part(64, 0)
@@ -187,6 +221,10 @@ def test_rivals_have_the_names_the_noise_and_the_scores_they_claim():
     direct = networks.accuracy(samples, splits.test)
     assert table[0].zero_shot == pytest.approx(direct.mean().item()) and len(table[0].finetuned) == 2
     assert table[-1].finetuned[-1] > table[-1].zero_shot
+    config = FineTuning(epochs=2, batch=16, lr=0.01)
+    alone = compare_groups(networks, {"samples": samples}, splits, config)[0]
+    whole = networks.finetune(samples, splits.train, config)  # with one optimizer for all epochs
+    assert alone.finetuned[1] == pytest.approx(networks.accuracy(whole, splits.test).mean().item())
 
 
 def test_novelty_finds_permuted_copies():
@@ -200,11 +238,29 @@ def test_novelty_finds_permuted_copies():
     # candidates are the nearest before alignment, as members and samples are in canonical form
     aligned = symmetry.align(members, members[0])
     copies, unseen = symmetry.align(copies, members[0]), symmetry.align(fresh, members[0])
-    near = nearest_members(copies, aligned.split(20), symmetry)
+    near = nearest_members(copies, lambda: aligned.split(20), symmetry)
     assert near.member.tolist() == [0, 1, 2] and near.distance.max() < 1e-5
-    away = nearest_members(unseen, aligned.split(20), symmetry)
+    away = nearest_members(unseen, lambda: aligned.split(20), symmetry)
     report = novelty_report(near, away)
     assert report.nearer_than_unseen == 1 and report.unseen > 0.5
     assert novelty_report(away, away).nearer_than_unseen < 0.2
     with pytest.raises(ValueError, match="no members"):
-        nearest_members(copies, [], symmetry)
+        nearest_members(copies, list, symmetry)
+
+
+def test_novelty_is_that_of_all_permutations_of_all_members():
+    torch.manual_seed(0)
+    config = {"model::type": "MLP", "model::i_dim": 4, "model::h_dim": [3], "model::o_dim": 2}
+    nets = [build_network(config) for _ in range(70)]
+    symmetry = Symmetry.from_module(nets[0].eval(), torch.zeros(2, 4))
+    vectors = symmetry.layout.stack(nets).detach()
+    vectors[:10] = vectors[10:20] + 1e-6 * torch.randn(10, vectors.shape[1])  # nearly copies
+    orders = torch.tensor(list(itertools.permutations(range(3))))
+    permuted = torch.stack([symmetry.apply(vectors[10:], [order.expand(60, 3)]) for order in orders])  # (6, 60, d)
+    exact = (vectors[:10, None, None] - permuted).norm(dim=3).flatten(1).amin(1) / vectors[:10].norm(dim=1)
+    found = nearest_members(vectors[:10], lambda: vectors[10:].split(30), symmetry)
+    torch.testing.assert_close(found.distance, exact, rtol=1e-4, atol=0)
+    assert found.member.tolist() == [*range(10)] and exact.max() < 1e-5
+    away = nearest_members(vectors[10:15], lambda: vectors[15:].split(30), symmetry)
+    exact = (vectors[10:15, None, None] - permuted[:, 5:]).norm(dim=3).flatten(1).amin(1)
+    torch.testing.assert_close(away.distance, exact / vectors[10:15].norm(dim=1))

@@ -204,8 +204,13 @@ def embed(command: EmbedCommand) -> None:
     found = embedding.embed(model, command.source, halo=_halo(command.halo), quiet=command.json)
     facts = {"runs": found.runs, "steps": found.steps, "method": found.method, "cosine": found.cosine}
     save_checkpoint(command.out, {"embeddings": found.vectors}, facts)
-    summary = {"file": str(command.out), "embeddings": list(found.vectors.shape), "method": found.method}
-    show(summary | ({} if found.cosine is None else {"cosine to full attention": found.cosine}), command.json)
+    summary: dict[str, Any] = {
+        "file": str(command.out),
+        "embeddings": list(found.vectors.shape),
+        "method": found.method,
+    }
+    summary |= {} if found.cosine is None else {"cosine to full attention": found.cosine}
+    show(summary | ({"left out": found.left_out} if found.left_out else {}), command.json)
 
 
 def predict(command: PredictCommand) -> None:
@@ -223,7 +228,7 @@ def predict(command: PredictCommand) -> None:
     def labelled(zoo: Prepared, split: str) -> Labelled:
         return labelled_split(model, zoo, split, command.properties, command.baselines, halo, axes)
 
-    others = {str(path): _fitting(model, path) for path in command.elsewhere}
+    others = {str(path): _fitting(model, path, elsewhere=True, quiet=command.json) for path in command.elsewhere}
     predictor = PropertyPredictor(labelled(prepared, "train"), labelled(prepared, "validation"))
     elsewhere = {name: labelled(zoo, "test") for name, zoo in others.items()}
     scores = predictor.judge(
@@ -299,7 +304,8 @@ def sample(command: SampleCommand) -> None:
         if path is not None:
             _check_folder(path)
     model, prepared = _model_and_zoo(command.model, command.prepared, command.device)
-    judged = command.strategy != "plain" or not command.no_compare or command.choose == "best"
+    normed = command.condition > 0 and any(n.endswith("running_var") for n in prepared.tokenizer.layout.names)
+    judged = command.strategy != "plain" or not command.no_compare or command.choose == "best" or normed
     networks, splits = _networks_and_images(prepared, command) if judged else (None, None)
     if splits is not None:
         parts = (first_images(part, command.judge_images) for part in (splits.validation, splits.test))
@@ -408,7 +414,7 @@ def _judged(
     symmetry = symmetry_of(prepared.zoo) if prepared.config.align != "none" else None
 
     def near(queries: Tensor) -> Any:  # noqa: ANN401 (Nearest)
-        return nearest_members(queries, (block for _, block in prepared.blocks("train")), symmetry)
+        return nearest_members(queries, lambda: (block for _, block in prepared.blocks("train")), symmetry)
 
     tests = prepared.samples["test"]
     _, behind = np.unique(tests.runs[::-1], return_index=True)
@@ -430,36 +436,44 @@ def finetune(command: FinetuneCommand) -> None:
     if not content.metadata.keys() & {"task", "network"}:
         raise ValueError(f"{command.networks} holds no networks: give a file of `sane sample`")
     constructor, shape = known_network(content.metadata, str(command.networks))
-    module, state = constructor(), content.state
+    module, state, facts = constructor(), content.state, dict(content.metadata)
+    if "classes" in facts:  # an earlier transfer
+        module, _ = reset_classifier(module, state, facts["classes"], command.seed)
     if command.reset_classifier is not None:
         module, state = reset_classifier(module, state, command.reset_classifier, command.seed)
+        facts["classes"] = command.reset_classifier
     networks = Networks(module)
-    splits = images_of(content.metadata, shape, command.data, command.data_dir, download=command.download)
+    splits = images_of(facts, shape, command.data, command.data_dir, download=command.download)
+    facts |= {"data": command.data} if command.data is not None else {}
     vectors = networks.layout.flatten(state)
     if vectors.ndim == 1:
         vectors = vectors[None]
-    rows = [_accuracies(networks, vectors, splits)]
+    told, there = networks.population(vectors[:1], splits.test.images[:1]).shape[-1], int(splits.train.labels.max()) + 1
+    if told < there:
+        raise ValueError(
+            f"the data have {there} classes, the networks tell {told} apart: use --reset-classifier {there}"
+        )
     config = FineTuning(
-        1, command.batch, command.lr, command.optimizer, limit=command.train_images, schedule=command.schedule
+        command.epochs,
+        command.batch,
+        command.lr,
+        command.optimizer,
+        limit=command.train_images,
+        schedule=command.schedule,
     )
-    for epoch in range(command.epochs):
-        vectors = networks.finetune(vectors, splits.train, config, seed=command.seed + epoch)
-        rows.append(_accuracies(networks, vectors, splits))
+    vectors, accuracies = networks.finetune_judged(vectors, splits, config, seed=command.seed)
     if command.out is not None:
-        save_checkpoint(command.out, networks.layout.unflatten(vectors), content.metadata)
+        save_checkpoint(command.out, networks.layout.unflatten(vectors), facts)
     ensemble = networks.ensemble_accuracy(vectors, splits.test)
-    show(
-        {f"after epoch {k}" if k else "zero-shot": row for k, row in enumerate(rows)} | {"ensemble": ensemble},
-        command.json,
-    )
-
-
-def _accuracies(networks: Networks, vectors: Tensor, splits: Splits) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for name in ("validation", "test"):
-        accuracy = networks.accuracy(vectors, getattr(splits, name))
-        found |= {f"{name}_acc_mean": accuracy.mean().item(), f"{name}_acc_std": accuracy.std(correction=0).item()}
-    return found
+    report: dict[str, Any] = {
+        f"after epoch {k}" if k else "zero-shot": {
+            f"{part}_acc_{kind}": value.item()
+            for part, table in accuracies.items()
+            for kind, value in (("mean", table[k].mean()), ("std", table[k].std(correction=0)))
+        }
+        for k in range(command.epochs + 1)
+    }
+    show(report | {"ensemble": ensemble}, command.json)
 
 
 def reset_classifier(
@@ -489,8 +503,14 @@ def _model_and_zoo(model: Path, prepared: Path, device: str) -> tuple[SaneModel,
     return loaded, _fitting(loaded, prepared)
 
 
-def _fitting(model: SaneModel, path: Path) -> Prepared:
+def _fitting(model: SaneModel, path: Path, *, elsewhere: bool = False, quiet: bool = True) -> Prepared:
     """A prepared zoo with the statistics and tokens of a model.
+
+    Args:
+        model: The model.
+        path: File of the prepared zoo.
+        elsewhere: It is another zoo than the model's, to be aligned with the model's reference.
+        quiet: No progress bar.
 
     Raises:
         ValueError: It holds other networks, or was prepared otherwise.
@@ -505,7 +525,16 @@ def _fitting(model: SaneModel, path: Path) -> Prepared:
             f"{ours.token_size} and {len(ours.skipped)}: prepare the zoo with its token_size and ignore_bn"
         )
     prepared.normalization = model.normalization
-    if not torch.equal(prepared.reference, model.reference) and prepared.config.align != "none":
+    align = model.facts.get("align", "none")
+    if elsewhere:
+        prepared.align_with(model.reference, align, quiet=quiet)
+        return prepared
+    if prepared.config.align != align:
+        raise ValueError(
+            f"{path} is prepared with align={prepared.config.align}, the model's zoo with align={align}: "
+            "use the file it was trained on"
+        )
+    if not torch.equal(prepared.reference, model.reference) and align != "none":
         raise ValueError(f"{path} is aligned with another reference than the model: use the file it was trained on")
     return prepared
 
@@ -547,10 +576,12 @@ def _row(score: Score, others: Sequence[str]) -> list[Any]:
     ahead = ""
     if score.difference is not None:
         ahead = f"{score.difference:.3f} ({score.difference_low:.3f} .. {score.difference_high:.3f})"
-    away = [
-        f"{score.elsewhere[name][0]:.3f}, tau {score.elsewhere[name][1]:.3f}" if name in score.elsewhere else ""
-        for name in others
-    ]
+    away = []
+    for name in others:
+        value, rank = score.elsewhere.get(name, (math.nan, math.nan))
+        away.append(
+            f"{value:.3f}" + (f", tau {rank:.3f}" if math.isfinite(rank) else "") if math.isfinite(value) else ""
+        )
     tau = score.kendall if math.isfinite(score.kendall) else None
     return [score.property, score.features, interval, tau, ahead, score.runs, *away]
 

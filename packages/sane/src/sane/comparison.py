@@ -3,7 +3,7 @@
 Shapes: ``n`` networks, ``a`` anchors, ``m`` members of a zoo, ``d`` numbers each.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -94,17 +94,11 @@ def compare_groups(
     """
     sizes = [len(vectors) for vectors in groups.values()]
     joined = torch.cat(list(groups.values()))
-    tests, validations = [networks.accuracy(joined, splits.test)], [networks.accuracy(joined, splits.validation)]
-    trained = joined
-    for epoch in range(finetuning.epochs):
-        one = FineTuning(**{**vars(finetuning), "epochs": 1})
-        trained = networks.finetune(trained, splits.train, one, seed=seed + epoch)
-        tests.append(networks.accuracy(trained, splits.test))
-        validations.append(networks.accuracy(trained, splits.validation))
+    trained, accuracies = networks.finetune_judged(joined, splits, finetuning, seed=seed)
     scores, start = [], 0
     for name, size in zip(groups, sizes, strict=True):
         rows = slice(start, start + size)
-        test, validation = ([row[rows] for row in table] for table in (tests, validations))
+        test, validation = (accuracies[name][:, rows] for name in ("test", "validation"))
         scores.append(
             GroupScore(
                 name,
@@ -131,44 +125,43 @@ class Nearest(NamedTuple):
     """(n,) index of the member."""
 
 
-def nearest_members(networks: Tensor, members: Iterable[Tensor], symmetry: Symmetry | None) -> Nearest:
+def nearest_members(networks: Tensor, members: Callable[[], Iterable[Tensor]], symmetry: Symmetry | None) -> Nearest:
     """Distance to the nearest member up to the order of hidden units.
 
     The members nearest without alignment (32 for each network) are aligned with it by weight matching, so distances are
-    upper bounds.
+    upper bounds. No more than one block of members is held at a time.
 
     Args:
         networks: (n, d), in canonical form like the members.
-        members: Blocks (m, d) of aligned members.
+        members: Gives blocks (m, d) of aligned members, the same ones whenever it is called.
         symmetry: Of the networks; None compares them as they are.
 
     Raises:
         ValueError: No members.
     """
+    rough, places = networks.new_zeros(len(networks), 0), torch.zeros(len(networks), 0, dtype=torch.int64)
     count = 0
-    found: tuple[Tensor, Tensor, Tensor] | None = None  # distance (n, c), index (n, c), members (n, c, d)
-    for block in members:
-        distance = torch.cdist(networks, block)
-        near, place = distance.topk(min(_CANDIDATES, len(block)), largest=False)
-        fresh = (near, place + count, block[place])
-        count += len(block)
-        if found is not None:
-            fresh = tuple(torch.cat(pair, dim=1) for pair in zip(found, fresh, strict=True))  # type: ignore[assignment]
-            keep = fresh[0].argsort(dim=1)[:, :_CANDIDATES]
-            wide = keep[..., None].expand(-1, -1, fresh[2].shape[2])
-            fresh = (fresh[0].gather(1, keep), fresh[1].gather(1, keep), fresh[2].gather(1, wide))
-        found = fresh
-    if found is None:
+    for block in members():
+        rough = torch.cat([rough, torch.cdist(networks, block)], dim=1)
+        places = torch.cat([places, torch.arange(count, count + len(block)).expand(len(networks), -1)], dim=1)
+        rough, keep = rough.topk(min(_CANDIDATES, rough.shape[1]), largest=False)
+        places, count = places.gather(1, keep), count + len(block)
+    if not count:
         raise ValueError("there are no members to compare with")
-    if symmetry is not None:
-        rows = [
-            (symmetry.align(near, network) - network).norm(dim=1)
-            for near, network in zip(found[2], networks, strict=True)
-        ]
-        found = (torch.minimum(torch.stack(rows), found[0]), *found[1:])
-    best = found[0].argmin(1, keepdim=True)
-    distance = found[0].gather(1, best)[:, 0] / networks.norm(dim=1).clamp_min(1e-12)
-    return Nearest(distance, found[1].gather(1, best)[:, 0])
+    distance, member, start = rough.new_full((len(networks),), torch.inf), places[:, 0].clone(), 0
+    for block in members():
+        for k, network in enumerate(networks):
+            inside = places[k][(places[k] >= start) & (places[k] < start + len(block))]
+            if not len(inside):
+                continue
+            near = block[inside - start]
+            exact = (near - network).norm(dim=1)
+            if symmetry is not None:
+                exact = torch.minimum(exact, (symmetry.align(near, network) - network).norm(dim=1))
+            if (least := exact.min()) < distance[k]:
+                distance[k], member[k] = least, inside[exact.argmin()]
+        start += len(block)
+    return Nearest(distance / networks.norm(dim=1).clamp_min(1e-12), member)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from zoo_common.formats import open_source
-from zoo_common.formats.state_dicts import read_state
+from zoo_common.formats.source import DROPPED, BadRunError
+from zoo_common.formats.state_dicts import FileRuns, read_state
+from zoo_common.formats.zoos import ZooRuns
 from zoo_common.layout import ParameterLayout
 
 from sane.model import Halo, SaneModel
@@ -34,36 +36,70 @@ class Embedded:
     method: str
     cosine: float | None
     """Mean cosine to full attention on the first checkpoints, for windows."""
+    left_out: dict[str, str]
+    """File or run that could not be used -> the reason."""
 
 
-def read_networks(path: str | Path, layout: ParameterLayout) -> Iterator[tuple[str, list[int], Tensor]]:
+def read_networks(
+    path: str | Path, layout: ParameterLayout, left_out: dict[str, str]
+) -> Iterator[tuple[str, list[int], Tensor]]:
     """Runs of a zoo, a folder (zoo, trials, G.pt or state dicts) or a file with one state dict, in a model's layout.
+
+    Args:
+        path: Where they are.
+        layout: The model's; precisions may differ, also from file to file.
+        left_out: Gets the files and runs that cannot be used, each with the reason.
 
     Raises:
         FileNotFoundError: There is nothing.
-        ValueError: A network has other tensors; the message has the first differences.
+        ValueError: A zoo, or the one file, has other tensors; the message has the first differences.
     """
     path = Path(path)
     if path.is_file():
-        state = read_state(path)
-        yield (
-            path.stem,
-            [0],
-            _fitted(layout, ParameterLayout.from_state_dict(state), str(path))
-            .flatten({name: t for name, t in state.items() if name in layout.names})[None]
-            .float(),
-        )
+        yield path.stem, [0], _read_file(path, layout)[None]
         return
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}: give a zoo, a folder of .pt or .safetensors files, or one file")
     source = open_source(path)
-    _fitted(layout, source.layout, str(path))
+    if not isinstance(source, FileRuns):
+        _fitted(layout, source.layout, str(path))
     for run_id in source.run_ids:
-        run = source.read(run_id)
+        if isinstance(source, FileRuns):
+            found = {}
+            for step, file in source.checkpoints(run_id):
+                try:
+                    found[step] = _read_file(file, layout)
+                except ValueError as error:
+                    left_out[str(file)] = str(error)
+            if found:
+                yield run_id, [*found], torch.stack([*found.values()])
+            continue
+        try:
+            run = source.read(run_id)
+        except BadRunError as error:
+            left_out[run_id] = str(error)
+            continue
+        dropped = run.config.get(DROPPED)
+        if isinstance(dropped, list) and not isinstance(source, ZooRuns):  # of a zoo, they were told when it was made
+            left_out |= {f"{run_id}, {number}": str(reason) for number, reason in enumerate(dropped)}
         params = torch.as_tensor(run.params).float()
         if source.layout.names != layout.names:
             params = layout.flatten({k: v for k, v in source.layout.unflatten(params).items() if k in layout.names})
-        yield run_id, [int(step) for step in run.steps], params
+        good = params.isfinite().all(1)
+        if not good.all():
+            left_out[run_id] = f"{int((~good).sum())} checkpoints have weights that are not finite"
+        if good.any():
+            yield run_id, [int(step) for step, fine in zip(run.steps, good.tolist(), strict=True) if fine], params[good]
+
+
+def _read_file(path: Path, layout: ParameterLayout) -> Tensor:
+    """The state dict in a file as a vector (d,) of a model's layout; ``ValueError`` if it is none, or not finite."""
+    state = read_state(path)
+    _fitted(layout, ParameterLayout.from_state_dict(state), str(path))
+    vector = layout.flatten({name: tensor for name, tensor in state.items() if name in layout.names}).float()
+    if not vector.isfinite().all():
+        raise ValueError(f"{path} has weights that are not finite: leave it out")
+    return vector
 
 
 def embed(model: SaneModel, path: str | Path, *, halo: Halo | None = None, quiet: bool = True) -> Embedded:
@@ -77,13 +113,14 @@ def embed(model: SaneModel, path: str | Path, *, halo: Halo | None = None, quiet
 
     Raises:
         FileNotFoundError: There is nothing.
-        ValueError: A network has other tensors than the model's, or is not finite.
+        ValueError: Nothing can be embedded: networks have other tensors than the model's, or are not finite.
     """
     runs: list[str] = []
     steps: list[int] = []
     parts: list[Tensor] = []
     cosine: float | None = None
     block: list[tuple[str, list[int], Tensor]] = []
+    left_out: dict[str, str] = {}
 
     def finish() -> None:
         nonlocal cosine
@@ -98,18 +135,18 @@ def embed(model: SaneModel, path: str | Path, *, halo: Halo | None = None, quiet
         block.clear()
 
     with tqdm(desc="embed", unit="checkpoint", disable=quiet, leave=False, delay=1) as bar:
-        for item in read_networks(path, model.tokenizer.layout):
-            if not item[2].isfinite().all():
-                raise ValueError(f"{path}: {item[0]} has weights that are not finite: leave it out")
+        for item in read_networks(path, model.tokenizer.layout, left_out):
             block.append(item)
             if sum(params.numel() for _, _, params in block) >= _TOGETHER:
                 finish()
         if block:
             finish()
+    if not parts:
+        raise ValueError(f"nothing in {path} can be embedded: {next(iter(left_out.values()), 'it is empty')}")
     method = "full attention"
     if halo is not None:
         method = f"windows of {halo.window} tokens with a halo of {halo.halo}: an approximation"
-    return Embedded(torch.cat(parts), runs, steps, method, cosine)
+    return Embedded(torch.cat(parts), runs, steps, method, cosine, left_out)
 
 
 def align_runs(model: SaneModel, runs: list[Tensor]) -> Tensor:

@@ -32,8 +32,8 @@ from zoo_common.layout import ParameterLayout
 from zoo_common.zoo import Run, Zoo
 
 from sane.device import choose_device
-from sane.images import first_images, images_of
-from sane.networks import build_network, input_shape
+from sane.images import first_images, images_of, shaped
+from sane.networks import COLOURED, build_network, input_shape
 from sane.zoo_training import make_optimizer, read_state, train_run
 
 DEFAULTS: dict[str, Any] = {
@@ -145,11 +145,10 @@ def train_zoo(
     if ray and find_spec("ray") is None:
         raise ImportError('--ray needs Ray: pip install "sane[tune]"')
     _check(plan, runs, chunk)
-    shape = input_shape(
-        {"model::type": plan.network, "model::i_dim": 0, "model::channels_in": 3 if plan.data == "cifar10" else 1}
-    )
-    images = images_of({"data": plan.data}, shape if len(shape) > 1 else None, data_dir=data_dir, download=download)
-    splits = _on(images, plan, place)
+    channels = 3 if plan.data == "cifar10" or plan.network in COLOURED else 1
+    shape = input_shape({"model::type": plan.network, "model::i_dim": 0, "model::channels_in": channels})
+    images = images_of({"data": plan.data}, None, data_dir=data_dir, download=download)
+    splits = _on(images, plan, shape if len(shape) > 1 else None, place)
     work = ZooWork(plan, splits, seed)
     work.check()
     zoo = Zoo.create(
@@ -183,10 +182,10 @@ def train_zoo(
     return ZooReport(Path(folder), len(zoo), failed, time.monotonic() - began, stopped)
 
 
-def _on(splits: Splits, plan: ZooPlan, place: torch.device) -> Splits:
-    """The images that are used, on a device."""
+def _on(splits: Splits, plan: ZooPlan, shape: tuple[int, ...] | None, place: torch.device) -> Splits:
+    """The images that are used, in the shape of the inputs, on a device."""
     limits = (plan.train_images, plan.test_images, plan.test_images)
-    parts = [first_images(part, limit) for part, limit in zip(splits, limits, strict=True)]
+    parts = [shaped(first_images(part, limit), shape) for part, limit in zip(splits, limits, strict=True)]
     return Splits(*(Part(part.images.to(place), part.labels.to(place)) for part in parts))
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
 from zoo_common.datasets import Part, Splits, load_dataset
 from zoo_common.tasks import get_task
 
@@ -48,7 +47,7 @@ def images_of(
         cut = len(splits.train.images) * 9 // 10
         train, held = (Part(*(x[rows] for x in splits.train)) for rows in (slice(cut), slice(cut, None)))
         splits = Splits(train, held, splits.test)
-    return Splits(*(Part(_shaped(part.images, shape), part.labels) for part in splits))
+    return Splits(*(shaped(part, shape) for part in splits))
 
 
 def first_images(part: Part, limit: int | None) -> Part:
@@ -56,11 +55,18 @@ def first_images(part: Part, limit: int | None) -> Part:
     return Part(part.images[:limit], part.labels[:limit])
 
 
-def _shaped(images: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+def shaped(part: Part, shape: tuple[int, ...] | None) -> Part:
+    """The images in the shape of one input; grey ones are repeated for networks that take three channels.
+
+    Raises:
+        ValueError: They do not fit.
+    """
+    images = part.images
     if shape is None or tuple(images.shape[1:]) == tuple(shape):
-        return images
+        return part
     if len(shape) == 1 and images[0].numel() == shape[0]:
-        return images.flatten(1)
-    if len(shape) == 3 and images.shape[1] == shape[0]:
-        return F.interpolate(images, size=shape[1:], mode="bilinear", align_corners=False)
+        return part._replace(images=images.flatten(1))
+    if len(shape) == 3 and images.shape[1] in (1, shape[0]):
+        images = images.expand(-1, shape[0], -1, -1)
+        return part._replace(images=F.interpolate(images, size=shape[1:], mode="bilinear", align_corners=False))
     raise ValueError(f"images of shape {tuple(images.shape[1:])} do not fit networks with inputs {tuple(shape)}")

@@ -34,6 +34,10 @@ INPUT_SIZES = {"CNN3": 32, "MiniAlexNet": 32}
 """Height and width of the images of the types that do not take 28 x 28."""
 
 
+COLOURED = ("efficientnet_v2_s", "efficientnet_v2_m", "densenet121", "densenet161", "vit_b_16")
+"""Types that take images of three channels only."""
+
+
 class _Chain(nn.Module):
     """A chain of modules under the published name ``module_list``."""
 
@@ -50,7 +54,13 @@ class Mlp(_Chain):
     """Dense layers with an activation (and dropout) between them, on flattened inputs."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        sizes = [config["model::i_dim"], *config["model::h_dim"]]
+        hidden = config["model::h_dim"]
+        hidden = [hidden] if isinstance(hidden, int) else hidden
+        if not isinstance(hidden, list | tuple) or not all(isinstance(size, int) and size > 0 for size in hidden):
+            raise ValueError(
+                f"model::h_dim must be a number of units, or a list of them for several layers, got {hidden!r}"
+            )
+        sizes = [config["model::i_dim"], *hidden]
         bias, dropout = config.get("model::use_bias", True), config.get("model::dropout", 0.0)
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise(sizes):
@@ -214,10 +224,7 @@ NETWORKS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "CNN_more_layers_residual": CnnMoreLayersResidual,
     "MiniAlexNet": MiniAlexNet,
     **{f"Resnet{depth}": _torchvision(f"resnet{depth}") for depth in (18, 34, 50, 101, 152)},
-    **{
-        name: _torchvision(name)
-        for name in ("efficientnet_v2_s", "efficientnet_v2_m", "densenet121", "densenet161", "vit_b_16")
-    },
+    **{name: _torchvision(name) for name in COLOURED},
 }
 
 

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from zoo_common.datasets import Part
+from zoo_common.datasets import Part, Splits
 from zoo_common.layout import ParameterLayout
 from zoo_common.population import Population
 
 _TOGETHER = 64
-"""Networks that are conditioned or fine-tuned at once."""
+"""Networks that are conditioned or fine-tuned at once, at most."""
+_NUMBERS = 2**29
+"""Weights, gradients and intermediate values of what is computed at once, at most (2 GiB)."""
 
 
 class Conditioned(NamedTuple):
@@ -59,14 +61,16 @@ class Networks:
 
     def accuracy(self, vectors: Tensor, part: Part) -> Tensor:
         """Accuracy (n,) of every network in evaluation mode; 0 where the outputs are not finite."""
-        return self.population.metrics(vectors, part.images, part.labels).accuracy.nan_to_num(0.0)
+        found = self.population.metrics(vectors, part.images, part.labels)
+        return torch.where(found.loss.isfinite(), found.accuracy, 0.0)
 
     def ensemble_accuracy(self, vectors: Tensor, part: Part, batch: int = 256) -> float:
         """Accuracy of the mean logits of all networks, in evaluation mode and fixed order."""
-        right = 0
+        right, blocks = 0, vectors.split(self._together(part.images[:batch]))
         with torch.no_grad():
             for x, y in zip(part.images.split(batch), part.labels.split(batch), strict=True):
-                right += int((self.population(vectors, x).mean(0).argmax(1) == y).sum())
+                logits = torch.stack([self.population(block, x).sum(0) for block in blocks])
+                right += int((logits.sum(0).argmax(1) == y).sum())
         return right / len(part.labels)
 
     def train_forward(self, vectors: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +103,7 @@ class Networks:
         with torch.no_grad():
             for x in batches:
                 count += 1
-                for part in vectors.split(_TOGETHER):
+                for part in vectors.split(self._together(x)):
                     self.keep_statistics(part, self.train_forward(part, x)[1])
         buffers = {name: b + count if name.endswith("num_batches_tracked") else b for name, b in self.buffers.items()}
         return Conditioned(vectors, buffers)
@@ -122,7 +126,40 @@ class Networks:
             seed: Draws the order.
             after_epoch: Called with (epoch, vectors) after each; the networks of one block at a time.
         """
-        return torch.cat([self._finetune(block, part, config, seed, after_epoch) for block in vectors.split(_TOGETHER)])
+        blocks = vectors.split(self._together(part.images[: config.batch]))
+        return torch.cat([self._finetune(block, part, config, seed, after_epoch) for block in blocks])
+
+    def finetune_judged(
+        self, vectors: Tensor, splits: Splits, config: FineTuning, *, seed: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Fine-tune on training images; vectors (n, d), and accuracies (epochs + 1, n) on ``validation`` and ``test``.
+
+        Args:
+            vectors: (n, d).
+            splits: Images.
+            config: How.
+            seed: Draws the order.
+        """
+        parts = {"validation": splits.validation, "test": splits.test}
+        rows: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(config.epochs + 1)] for name in parts}
+
+        def judge(epoch: int, block: Tensor) -> None:
+            for name, part in parts.items():
+                rows[name][epoch + 1].append(self.accuracy(block, part))
+
+        judge(-1, vectors)
+        trained = self.finetune(vectors, splits.train, config, seed=seed, after_epoch=judge)
+        return trained, {name: torch.stack([torch.cat(blocks) for blocks in found]) for name, found in rows.items()}
+
+    def _together(self, x: Tensor) -> int:
+        """How many networks are computed at once on a batch (b, ...), by the size of weights and intermediate values."""
+        sizes: list[int] = []
+        module = copy.deepcopy(self._module).to("meta").eval()
+        for part in module.modules():
+            part.register_forward_hook(lambda _m, _x, y: sizes.append(y.numel() if isinstance(y, Tensor) else 0))
+        module(torch.empty_like(x[:1], device="meta"))
+        numbers = 5 * self.layout.size + 2 * sum(sizes) * len(x)
+        return max(1, min(_TOGETHER, _NUMBERS // numbers))
 
     def _finetune(
         self,

@@ -233,6 +233,8 @@ class PropertyPredictor:
     def _target(self, name: str, group: Labelled) -> Tensor:
         """Values of a property (n,), NaN where unknown; of text, the number of the class (-1: not in training)."""
         values = group.properties[name]
+        if (values.dtype.kind == "U") != (name in self.classes):
+            raise ValueError(f"{name} is text in one group or zoo and a number in another: it cannot be compared")
         if name not in self.classes:
             return torch.from_numpy(values).double()
         numbers = {"": math.nan} | {text: float(k) for k, text in enumerate(self.classes[name])}
@@ -315,6 +317,12 @@ class PropertyPredictor:
         drawn = quality(predicted[known], target[known], weights[:, known])
         low, high = _interval(drawn)
         others = {zoo: self._elsewhere(features, name, group) for zoo, group in elsewhere.items()}
+        for zoo, group in elsewhere.items():
+            there = self._target(name, group)
+            if unknown_there := int((~there.isfinite()).sum()):
+                notes.append(f"{unknown_there} of {len(there)} checkpoints of {zoo} have no {name}")
+            if name not in self.classes and there[there.isfinite()].unique().numel() < 2:
+                notes.append(f"{name} is the same for all checkpoints of {zoo} that have it: no score has a meaning")
         train, validation = (
             float(quality(*self._pairs(features, name, group))) for group in (self.train, self.validation)
         )
@@ -340,8 +348,9 @@ class PropertyPredictor:
 
     def _elsewhere(self, features: str, name: str, group: Labelled) -> tuple[float, float]:
         predicted, target = self._pairs(features, name, group)
-        quality = accuracy if name in self.classes else r_squared
-        return float(quality(predicted, target)), kendall_tau(predicted, target)
+        if name in self.classes:
+            return float(accuracy(predicted, target)), math.nan
+        return float(r_squared(predicted, target)), kendall_tau(predicted, target)
 
     def _pairs(self, features: str, name: str, group: Labelled) -> tuple[Tensor, Tensor]:
         """Predictions and targets where the property is known."""

@@ -137,6 +137,14 @@ class Prepared:
         """Tokens (n, k, i) of checkpoints as they are in the zoo: normalised and cut."""
         return self.tokenizer.tokenize(self.normalization.normalize(vectors))
 
+    def align_with(self, reference: Tensor, align: str, *, quiet: bool = True) -> None:
+        """Align the checkpoints with a reference (d,) from elsewhere, that of a model; not at all if ``align`` is none."""
+        self.reference, self.permutations = reference, []
+        if align == "none" or self.config.align == "none":
+            self.config = dataclasses.replace(self.config, align="none" if align == "none" else "last")
+        if align != "none":
+            self.permutations = _match(self, quiet)
+
     def measured(self, split: str) -> Normalization:
         """Normalisation with the statistics of a split (the original took each split's own; ours are of ``train``)."""
         samples = self.samples[split]

@@ -276,6 +276,8 @@ class Pretraining:
     def downstream(self) -> dict[str, float]:
         """R2 on validation and test checkpoints of ridges from the mean latents, for the properties that there are."""
         model, t = self.saned(), self.config.training
+        if not t.properties:
+            return {}  # embedding large networks takes minutes
         embedded, scores = {}, {}
         index = {}
         for split, samples in self.prepared.samples.items():

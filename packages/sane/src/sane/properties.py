@@ -47,7 +47,7 @@ def read_property(zoo: Zoo, name: str, runs: np.ndarray, checkpoints: np.ndarray
 
 def _from_config(zoo: Zoo, key: str, runs: np.ndarray) -> np.ndarray:
     values = [run.config.get(key) for run in zoo.runs]
-    if any(isinstance(values[run], str) for run in np.unique(runs)):
+    if any(isinstance(value, str) for value in values):  # in all splits alike
         return np.array(["" if value is None else str(value) for value in values], dtype=np.str_)[runs]
     numbers = np.array([float(v) if isinstance(v, int | float) else np.nan for v in values])
     if not np.isfinite(numbers[runs]).any():
