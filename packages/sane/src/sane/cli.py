@@ -366,7 +366,9 @@ def _later(name: str, module: str = "commands") -> Callable[[Any], int | None]:
     """A function of :mod:`sane.commands` or another module, imported (with torch) when it is called."""
 
     def run(command: object) -> int | None:
-        status: int | None = getattr(importlib.import_module(f"sane.{module}"), name)(command)
+        function, bars = (importlib.import_module(f"sane.{part}") for part in (module, "progress"))
+        with bars.progress_bars(not getattr(command, "json", False)):
+            status: int | None = getattr(function, name)(command)
         return status
 
     return run

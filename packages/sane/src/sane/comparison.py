@@ -14,6 +14,7 @@ from zoo_common.symmetry import Symmetry
 from zoo_common.tokens import ChannelTokenizer
 
 from sane.population import FineTuning, Networks
+from sane.progress import track
 
 _CANDIDATES = 32
 """Members that are aligned with each network: the nearest ones before that."""
@@ -150,7 +151,7 @@ def nearest_members(networks: Tensor, members: Callable[[], Iterable[Tensor]], s
         raise ValueError("there are no members to compare with")
     distance, member, start = rough.new_full((len(networks),), torch.inf), places[:, 0].clone(), 0
     for block in members():
-        for k, network in enumerate(networks):
+        for k, network in track(enumerate(networks), "novelty"):
             inside = places[k][(places[k] >= start) & (places[k] < start + len(block))]
             if not len(inside):
                 continue

@@ -23,6 +23,7 @@ from zoo_common.windows import HaloWindows
 
 from sane.autoencoder import Autoencoder, AutoencoderConfig
 from sane.normalization import Normalization
+from sane.progress import track
 
 _REFERENCE = "reference"
 _TOGETHER = 2**24
@@ -146,9 +147,9 @@ class SaneModel:
         else:
             positions = positions.expand(len(sequences), -1, -1)
         each = max(1, _TOGETHER // (size * 4 * self.autoencoder.config.d_model))
+        pairs = zip(sequences.split(each), positions.split(each), strict=True)
         parts = [
-            step(x.to(self.device), p.to(self.device)).to(sequences.device)
-            for x, p in zip(sequences.split(each), positions.split(each), strict=True)
+            step(x.to(self.device), p.to(self.device)).to(sequences.device) for x, p in track(pairs, step.__name__)
         ]
         out = torch.cat(parts) if parts else sequences.new_zeros(0)
         return out if halo is None else windows.merge(out.unflatten(0, shape))

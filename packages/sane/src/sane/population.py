@@ -16,6 +16,8 @@ from zoo_common.datasets import Part, Splits
 from zoo_common.layout import ParameterLayout
 from zoo_common.population import Population
 
+from sane.progress import track
+
 _TOGETHER = 64
 """Networks that are conditioned or fine-tuned at once, at most."""
 _NUMBERS = 2**29
@@ -61,8 +63,11 @@ class Networks:
 
     def accuracy(self, vectors: Tensor, part: Part) -> Tensor:
         """Accuracy (n,) of every network in evaluation mode; 0 where the outputs are not finite."""
-        found = self.population.metrics(vectors, part.images, part.labels)
-        return torch.where(found.loss.isfinite(), found.accuracy, 0.0)
+        found = [
+            self.population.metrics(block, part.images, part.labels)
+            for block in track(vectors.split(self._together(part.images[:1])), "judge")
+        ]
+        return torch.cat([torch.where(metrics.loss.isfinite(), metrics.accuracy, 0.0) for metrics in found])
 
     def ensemble_accuracy(self, vectors: Tensor, part: Part, batch: int = 256) -> float:
         """Accuracy of the mean logits of all networks, in evaluation mode and fixed order."""
@@ -101,7 +106,7 @@ class Networks:
         """
         vectors, count = vectors.clone(), 0
         with torch.no_grad():
-            for x in batches:
+            for x in track(batches, "condition"):
                 count += 1
                 for part in vectors.split(self._together(x)):
                     self.keep_statistics(part, self.train_forward(part, x)[1])
@@ -127,7 +132,7 @@ class Networks:
             after_epoch: Called with (epoch, vectors) after each; the networks of one block at a time.
         """
         blocks = vectors.split(self._together(part.images[: config.batch]))
-        return torch.cat([self._finetune(block, part, config, seed, after_epoch) for block in blocks])
+        return torch.cat([self._finetune(x, part, config, seed, after_epoch) for x in track(blocks, "fine-tune")])
 
     def finetune_judged(
         self, vectors: Tensor, splits: Splits, config: FineTuning, *, seed: int = 0
@@ -183,19 +188,20 @@ class Networks:
                 optimizer, max_lr=config.lr, total_steps=max(2, config.epochs * per_epoch)
             )
         generator = torch.Generator().manual_seed(seed)
-        for epoch in range(config.epochs):
-            order = torch.randperm(len(images), generator=generator).to(images.device)
-            for k in range(per_epoch):
-                rows = order[k * config.batch : (k + 1) * config.batch]
-                logits, running = self.train_forward(weights, images[rows])
-                loss = F.cross_entropy(logits.flatten(0, 1), labels[rows].repeat(len(weights)), reduction="none")
-                optimizer.zero_grad(set_to_none=True)
-                (loss.sum() / len(rows)).backward()  # each network has its own mean
-                optimizer.step()
-                if schedule is not None and schedule.last_epoch + 1 < schedule.total_steps:
-                    schedule.step()
-                self.keep_statistics(weights.detach(), running)
-            if after_epoch is not None:
+        for step in track(range(config.epochs * per_epoch), "fine-tune"):
+            epoch, k = divmod(step, per_epoch)
+            if k == 0:
+                order = torch.randperm(len(images), generator=generator).to(images.device)
+            rows = order[k * config.batch : (k + 1) * config.batch]
+            logits, running = self.train_forward(weights, images[rows])
+            loss = F.cross_entropy(logits.flatten(0, 1), labels[rows].repeat(len(weights)), reduction="none")
+            optimizer.zero_grad(set_to_none=True)
+            (loss.sum() / len(rows)).backward()  # each network has its own mean
+            optimizer.step()
+            if schedule is not None and schedule.last_epoch + 1 < schedule.total_steps:
+                schedule.step()
+            self.keep_statistics(weights.detach(), running)
+            if k + 1 == per_epoch and after_epoch is not None:
                 after_epoch(epoch, weights.detach())
         return weights.detach()
 

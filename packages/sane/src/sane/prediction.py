@@ -9,11 +9,14 @@ Shapes: ``n`` checkpoints with ``d`` features, ``r`` regularisations, ``s`` resa
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from sane.progress import track
 
 STRONG = (1e6, 1e5, 1e4)
 """Further strengths for many features of few runs; the targets are centered, so that the strongest predict the mean."""
@@ -213,9 +216,8 @@ class PropertyPredictor:
             for name, y in train.properties.items()
         }
         self.fits: dict[tuple[str, str], Ridge | LinearClassifier | str] = {}
-        for features in train.features:
-            for name in train.properties:
-                self.fits[features, name] = self._fit(features, name)
+        for features, name in track(product(train.features, train.properties), "fit"):
+            self.fits[features, name] = self._fit(features, name)
 
     def _fit(self, features: str, name: str) -> Ridge | LinearClassifier | str:
         groups = [(group.features[features], self._target(name, group)) for group in (self.train, self.validation)]

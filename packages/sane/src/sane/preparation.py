@@ -28,6 +28,7 @@ from zoo_common.zoo import Zoo
 
 from sane.networks import build_network, input_shape
 from sane.normalization import Mode, Normalization, measure
+from sane.progress import track
 from sane.properties import read_property
 
 _KIND = "sane-preparation"
@@ -129,8 +130,8 @@ class Prepared:
         count = len(self.samples[split].runs)
         places = np.linspace(0, count - 1, count if limit is None else min(limit, count)).astype(np.int64)
         step = max(1, _TOGETHER // self.tokenizer.layout.size)
-        for start in range(0, len(places), step):
-            place = places[start : start + step]
+        blocks = [places[start : start + step] for start in range(0, len(places), step)]
+        for place in track(blocks, f"{split} checkpoints"):
             yield place, self.vectors(split, place)
 
     def tokens(self, vectors: Tensor) -> Tensor:

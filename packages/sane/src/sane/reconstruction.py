@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sane.model import SaneModel
+from sane.progress import track
 
 Finding = Literal["fine", "not finite", "vanished", "shrunk", "blown up", "turned round", "wrong"]
 
@@ -64,7 +65,7 @@ def layer_reports(
     table = torch.tensor(rows, dtype=torch.float64)
     usual = table[table.isfinite().all(1)].median(0)[0] if table.isfinite().all(1).any() else torch.ones(3)
     reports = []
-    for layer, row in zip(model.tokenizer.layers, rows, strict=True):
+    for layer, row in track(zip(model.tokenizer.layers, rows, strict=True), "layers"):
         alone = None
         if accuracy is not None:
             mixed = before.clone()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sane.model import Halo, SaneModel
+from sane.progress import track
 
 Mode = Literal["individual", "token", "joint"]
 Score = Callable[[Tensor], Tensor]
@@ -154,7 +155,7 @@ class Sampler:
         _check_at_least("iterations", iterations, 1)
         _check_at_least("keep", keep, 1)
         anchors, rounds = self.anchors, []
-        for iteration in range(iterations):
+        for iteration in track(range(iterations), "rounds"):
             latents = self.density.draw(anchors, draws, seed + iteration)
             vectors = self.decode(latents)
             scores = score(vectors)
