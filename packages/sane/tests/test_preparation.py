@@ -113,9 +113,15 @@ def test_a_prepared_file_is_read_back_and_small(zoo, tmp_path):
     for split in prepared.samples:
         a, b = (p.tokens(p.vectors(split, slice(None))) for p in (prepared, back))
         assert torch.equal(a, b)
-    weights = 4 * zoo.layout.size * 36
-    without_reference = (tmp_path / "prepared.safetensors").stat().st_size - 4 * zoo.layout.size
-    assert without_reference < 0.1 * weights
+    assert torch.equal(back.reference, prepared.reference)
+    assert (tmp_path / "prepared.safetensors").stat().st_size < 0.1 * 4 * zoo.layout.size * 36
+
+
+def test_a_prepared_file_is_small_beside_a_zoo_of_few_checkpoints(tmp_path):
+    alexnet = {"model::type": "MiniAlexNet", "model::o_dim": 10}
+    made = zoo_of_networks(tmp_path / "zoo", alexnet, runs=2, checkpoints=1)
+    prepare(made, PrepareConfig(split="published", fractions=(1, 0, 0))).save(tmp_path / "prepared.safetensors")
+    assert (tmp_path / "prepared.safetensors").stat().st_size < 0.1 * 4 * made.layout.size * 2
 
 
 def test_checkpoints_that_are_not_finite_or_too_large_are_left_out_and_counted(tmp_path):

@@ -153,7 +153,6 @@ class Prepared:
     def save(self, path: str | Path) -> None:
         """Write everything but the weights, atomically."""
         tensors = {f"permutation/{g}": table for g, table in enumerate(self.permutations)}
-        tensors["reference"] = self.reference
         for split, samples in self.samples.items():
             if len(samples.runs):  # the format has no empty tensors
                 tensors |= {f"{split}/{n}": torch.tensor(v) for n, v in samples._asdict().items() if n != "runs"}
@@ -212,7 +211,8 @@ def open_prepared(path: str | Path, zoo: Zoo | str | Path | None = None) -> Prep
         for split, runs in document["runs"].items()
     }
     tables = [tensors[f"permutation/{g}"] for g in range(sum(name.startswith("permutation/") for name in tensors))]
-    return Prepared(zoo, config, tokenizer, normalization, samples, tables, tensors["reference"], document["dropped"])
+    reference = _reference(zoo, samples["train"])
+    return Prepared(zoo, config, tokenizer, normalization, samples, tables, reference, document["dropped"])
 
 
 def prepare(zoo: Zoo | str | Path, config: PrepareConfig | None = None, *, quiet: bool = True) -> Prepared:
@@ -251,13 +251,10 @@ def prepare(zoo: Zoo | str | Path, config: PrepareConfig | None = None, *, quiet
         raise ValueError(
             f"no training checkpoint of {zoo.path} is left"
             + "".join(f"; {number} {reason}" for reason, number in dropped.items())
-            + ": choose other steps, a larger max_abs or more runs"
+            + ": choose other steps, a larger max_abs, more runs or split=published"
         )
-    first = samples["train"]
-    last = np.flatnonzero(first.runs == first.runs[0])[-1]
-    reference = zoo.params[int(first.runs[0]), int(first.checkpoints[last])].float().clone()
     placeholder = Normalization("none", {}, zoo.layout, tokenizer.skipped)
-    prepared = Prepared(zoo, config, tokenizer, placeholder, samples, [], reference, dropped)
+    prepared = Prepared(zoo, config, tokenizer, placeholder, samples, [], _reference(zoo, samples["train"]), dropped)
     if config.align != "none":
         prepared.permutations = _match(prepared, quiet)
     prepared.normalization = prepared.measured("train")
@@ -361,6 +358,12 @@ def _good_checkpoints(zoo: Zoo, run: int, config: PrepareConfig, dropped: dict[s
         if bad.any():
             dropped[reason] = dropped.get(reason, 0) + int(bad.sum())
     return index[finite & small]
+
+
+def _reference(zoo: Zoo, train: Samples) -> Tensor:
+    """The last checkpoint taken of the first training run (d,)."""
+    last = np.flatnonzero(train.runs == train.runs[0])[-1]
+    return zoo.params[int(train.runs[0]), int(train.checkpoints[last])].float().clone()
 
 
 def _match(prepared: Prepared, quiet: bool) -> list[Tensor]:
