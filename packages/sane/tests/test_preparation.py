@@ -124,6 +124,17 @@ def test_a_prepared_file_is_small_beside_a_zoo_of_few_checkpoints(tmp_path):
     assert (tmp_path / "prepared.safetensors").stat().st_size < 0.1 * 4 * made.layout.size * 2
 
 
+def test_a_prepared_file_that_was_moved_with_its_zoo_is_read(tmp_path):
+    made = zoo_of_networks(tmp_path / "a" / "zoo", CNN, runs=3, checkpoints=1)
+    prepare(made, PrepareConfig(split="published", align="none")).save(tmp_path / "a" / "prepared.safetensors")
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert open_prepared(tmp_path / "b" / "prepared.safetensors").zoo.path == tmp_path / "b" / "zoo"
+    (tmp_path / "b" / "zoo").rename(tmp_path / "c")
+    with pytest.raises(FileNotFoundError, match="is not in .*zoo: move it back or prepare it again; .* zoo=FOLDER"):
+        open_prepared(tmp_path / "b" / "prepared.safetensors")
+    assert len(open_prepared(tmp_path / "b" / "prepared.safetensors", tmp_path / "c").zoo) == 3
+
+
 def test_checkpoints_that_are_not_finite_or_too_large_are_left_out_and_counted(tmp_path):
     made = zoo_of_networks(tmp_path / "zoo", CNN, runs=4, checkpoints=3)
     bad = made.params["run001"].clone()

@@ -177,6 +177,8 @@ def test_published_sizes():
         ("small", ["training.epochs=many"], "training.epochs: expected int, got 'many'"),
         ("small", ["training.views=both"], "training.views: expected one of canonical, mixed, permuted"),
         ("small", ["training.noise=[0.1]"], "training.noise must be two numbers"),
+        ("small", ["training.noise=0.1,0.2"], r"training.noise: write several values as \[0.1,0.2\]"),
+        ("small", ["name=["], "'\\[' is no YAML value: close its brackets"),
         ("small", ["training.batch=30", "training.accumulate=16"], r"accumulate \(16\) must divide the batch \(30\)"),
         ("small", ["training.epochs=0"], "training.epochs must be at least 1"),
         ("small", ["optim.lr=0"], "lr and clip must be positive"),

@@ -8,6 +8,7 @@ Shapes: ``n`` checkpoints of ``d`` numbers, ``s`` units in a group, ``k`` tokens
 
 import dataclasses
 import math
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -158,6 +159,7 @@ class Prepared:
                 tensors |= {f"{split}/{n}": torch.tensor(v) for n, v in samples._asdict().items() if n != "runs"}
         document = {
             "zoo": str(self.zoo.path.absolute()),
+            "from_here": os.path.relpath(self.zoo.path, Path(path).parent),
             "layout": self.zoo.layout.id,
             "config": {**dataclasses.asdict(self.config), "max_abs": str(self.config.max_abs)},
             "token_size": self.tokenizer.token_size,
@@ -184,8 +186,12 @@ def open_prepared(path: str | Path, zoo: Zoo | str | Path | None = None) -> Prep
         raise FileNotFoundError(f"there is no file {path}: give the one that `sane preprocess` has written")
     file = TensorFile(path, _KIND)
     document, tensors = file.metadata, file.load()
-    place = zoo if zoo is not None else Path(document["zoo"])
-    zoo = place if isinstance(place, Zoo) else Zoo.open(place)
+    places = [Path(document["zoo"]), Path(path).parent / document["from_here"]]  # both may have been moved together
+    if zoo is None and not (found := [place for place in places if place.is_dir()]):
+        raise FileNotFoundError(
+            f"the zoo of {path} is not in {places[0]}: move it back or prepare it again; pretraining also takes zoo=FOLDER"
+        )
+    zoo = zoo if isinstance(zoo, Zoo) else Zoo.open(zoo if zoo is not None else found[0])
     if zoo.layout.id != document["layout"]:
         zoo = zoo.with_layout(document["layout"])
     settings = document["config"]
