@@ -7,6 +7,8 @@ Shapes: ``n`` checkpoints of ``d`` numbers, ``s`` units in a group, ``k`` tokens
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import random
@@ -111,6 +113,13 @@ class Prepared:
         return symmetry_of(self.zoo)
 
     @property
+    def identity(self) -> str:
+        """SHA-256 of what a training sees: tokens, statistics, checkpoints and settings."""
+        seen = [self.zoo.layout.id, self.tokenizer.token_size, self.tokenizer.skipped, self.normalization.to_document()]
+        taken = [[self.zoo.run_ids[run] for run in s.runs] + s.checkpoints.tolist() for s in self.samples.values()]
+        return hashlib.sha256(json.dumps([seen, taken, str(self.config)]).encode()).hexdigest()
+
+    @property
     def max_positions(self) -> tuple[int, int, int]:
         """Largest position of each column, plus one."""
         first, layer, channel = (int(column) + 1 for column in self.tokenizer.positions.amax(0))
@@ -186,7 +195,7 @@ def open_prepared(path: str | Path, zoo: Zoo | str | Path | None = None) -> Prep
         raise FileNotFoundError(f"there is no file {path}: give the one that `sane preprocess` has written")
     file = TensorFile(path, _KIND)
     document, tensors = file.metadata, file.load()
-    places = [Path(document["zoo"]), Path(path).parent / document["from_here"]]  # both may have been moved together
+    places = [Path(document["zoo"]), Path(path).parent / document.get("from_here", document["zoo"])]  # moved together
     if zoo is None and not (found := [place for place in places if place.is_dir()]):
         raise FileNotFoundError(
             f"the zoo of {path} is not in {places[0]}: move it back or prepare it again; pretraining also takes zoo=FOLDER"

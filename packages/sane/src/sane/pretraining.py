@@ -1,6 +1,7 @@
 """Pretraining of the autoencoder on one prepared zoo: a loop to read, copy and change."""
 
 import dataclasses
+import datetime
 import importlib.util
 import json
 import math
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 from tqdm import tqdm
 from zoo_common.checkpoint import load_training, save_training
 from zoo_common.files import atomic_write, visible_files
@@ -26,7 +26,7 @@ from sane.autoencoder import Autoencoder, AutoencoderConfig
 from sane.config import Config, config_to_yaml, load_config
 from sane.device import choose_device
 from sane.losses import Objective, Terms
-from sane.model import SaneModel
+from sane.model import Halo, SaneModel
 from sane.optimization import clip_gradients, make_optimizer, make_schedule
 from sane.prediction import fit_ridge, r_squared
 from sane.preparation import Prepared, facts_of, open_prepared
@@ -34,6 +34,10 @@ from sane.windows import Batch, ViewConfig, WindowDataset
 
 _LOGGED = ("loss", "contrast", "reconstruction", "rsq", "z_norm", "z_var")
 _VALIDATION_BATCHES = 20
+_TOGETHER = 2**24
+"""Numbers of weights that a judgement embeds at once."""
+_LONG = 4096
+"""Tokens of a checkpoint from which on a judgement embeds it by windows: full attention takes a minute for a ResNet."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,13 @@ def pretrain(
         FileNotFoundError: No prepared zoo, or nothing to resume.
         ValueError: Zoo, configuration and saved state do not fit each other, or the loss is not finite.
     """
-    with joined(choose_device(config.device)) as (rank, world, device):
+    with (
+        joined(choose_device(config.device)) as (rank, world, device),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+    ):
         prepared = open_prepared(config.prepared, config.zoo)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            run = Pretraining(config, prepared, device, rank, world)
+        torch.manual_seed(config.seed)
+        run = Pretraining(config, prepared, device, rank, world)
         folder = config.folder
         if run.first:
             open_folder(config, resume)
@@ -189,14 +195,14 @@ class Pretraining:
         )
         with bar, deferred_interrupt() as interrupted:
             if self.step == 0 and t.test_every:
-                self.judge(log)
+                self.judge(log, quiet)
             while self.step < self.steps and not self.any(interrupted()):
                 self.advance()
                 bar.update()
                 if self.step % t.log_every == 0 or self.step == self.steps:
                     self.write_log(log, bar, time.monotonic() - began)
                 if t.test_every and (self.step % (t.test_every * self.per_epoch) == 0 or self.step == self.steps):
-                    self.judge(log)
+                    self.judge(log, quiet)
                 if self.step % t.save_every == 0 and self.step < self.steps:
                     self.save(folder / "state.safetensors")
                 if limit_seconds is not None and self.any(time.monotonic() - began > limit_seconds):
@@ -210,9 +216,11 @@ class Pretraining:
         t = self.config.training
         parts = t.accumulate * self.world
         batch = self.data.batch(t.batch, self.step)
+        dropout = np.random.SeedSequence([self.config.seed, 2, self.step, self.rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(dropout[0]) >> 1)
         self.optimizer.zero_grad(set_to_none=True)
         for k in range(t.accumulate):
-            terms = self.terms(_part(batch, k * self.world + self.rank, parts), self.world > 1)
+            terms = self.terms(_part(batch, k * self.world + self.rank, parts), parts, self.world > 1)
             self.scaler.scale(terms.loss / t.accumulate).backward()
             self.sums += (
                 torch.stack([*(x.detach().double() for x in terms), torch.ones_like(self.sums[0])]) / t.accumulate
@@ -229,11 +237,12 @@ class Pretraining:
         if self.schedule is not None and self.step < self.steps:
             self.schedule.step()
 
-    def terms(self, batch: Batch, gather: bool = False) -> Terms:
+    def terms(self, batch: Batch, parts: int = 1, gather: bool = False) -> Terms:
         """The loss of a batch: both views go through the model together.
 
         Args:
             batch: Of this process.
+            parts: How many such batches make one step.
             gather: Contrast the windows of all processes, as one process with the whole batch would.
         """
         t = self.config.training
@@ -243,12 +252,12 @@ class Pretraining:
             _, y, projected = self.forward(views, positions.repeat(2, 1, 1))
         z_i, z_j = projected.float().chunk(2)
         if gather:
-            z_i, z_j = (torch.cat(all_gather(z)) for z in (z_i, z_j))  # gradients flow to all processes
+            z_i, z_j = (_of_all(z) for z in (z_i, z_j))
         target = views if t.target == "noised" else batch.clean.to(self.device)
-        return self.objective(z_i, z_j, y.float(), target, mask.repeat(2, 1, 1))
+        return self.objective(z_i, z_j, y.float(), target, mask.repeat(2, 1, 1), parts)
 
     @torch.no_grad()
-    def judge(self, log: Path) -> None:
+    def judge(self, log: Path, quiet: bool = True) -> None:
         """Append the loss on validation windows, and how well the embeddings predict properties."""
         if not self.first:
             return
@@ -269,24 +278,26 @@ class Pretraining:
                 found = [self.terms(data.batch(size, k)) for k in range(count)]
                 means = torch.stack([torch.stack([x.double() for x in terms]) for terms in found]).mean(0).tolist()
                 line |= {f"{n}_validation": v for n, v in zip(_LOGGED, means, strict=True) if math.isfinite(v)}
-        line |= self.downstream()
+        line |= self.downstream(quiet)
         self.model.train()
         _append(log, line)
 
-    def downstream(self) -> dict[str, float]:
+    def downstream(self, quiet: bool = True) -> dict[str, float]:
         """R2 on validation and test checkpoints of ridges from the mean latents, for the properties that there are."""
-        model, t = self.saned(), self.config.training
-        embedded, scores = {}, {}
+        model, t, window = self.saned(), self.config.training, self.config.model.window
+        halo = Halo(window, window // 2) if self.prepared.tokenizer.shape[0] > _LONG else None
         index = {}
         for split, samples in self.prepared.samples.items():
             count = len(samples.runs)
             index[split] = np.linspace(0, count - 1, min(count, t.test_checkpoints)).astype(np.int64)
-            parts = [
-                model.embed(self.prepared.vectors(split, rows))
-                for rows in np.array_split(index[split], max(1, len(index[split]) // 64))
-                if len(rows)
-            ]
-            embedded[split] = torch.cat(parts) if parts else torch.zeros(0, self.config.model.latent)
+        embedded, scores, step = {}, {}, max(1, _TOGETHER // self.prepared.zoo.layout.size)
+        with tqdm(total=sum(map(len, index.values())), desc="judge", disable=quiet, leave=False, delay=1) as bar:
+            for split, rows in index.items():
+                parts = [torch.zeros(0, self.config.model.latent)]
+                for start in range(0, len(rows), step):
+                    parts.append(model.embed(self.prepared.vectors(split, rows[start : start + step]), halo))
+                    bar.update(len(parts[-1]))
+                embedded[split] = torch.cat(parts)
         for name in t.properties:
             try:
                 values = {s: self.prepared.properties(s, name)[index[s]] for s in embedded}
@@ -333,12 +344,18 @@ class Pretraining:
         self.check()
         sums = self.mean(self.sums)
         if self.first:
-            save_training(path, **self._parts(), progress={"step": self.step, "loss": self.last_loss, "sums": sums})
+            progress = {"step": self.step, "loss": self.last_loss, "sums": sums, "data": self.prepared.identity}
+            save_training(path, **self._parts(), progress=progress)
         self.wait()
 
     def load(self, path: Path) -> None:
         """Go back to a saved state."""
         progress = load_training(path, **self._parts())
+        if progress["data"] != self.prepared.identity:
+            raise ValueError(
+                f"{self.config.prepared} is not the preparation that {path} was trained on: prepare the zoo as before, "
+                "or use another name"
+            )
         self.step, self.last_loss = progress["step"], progress["loss"]
         self.sums.copy_(progress["sums"])
 
@@ -380,11 +397,20 @@ def joined(device: torch.device) -> Iterator[tuple[int, int, torch.device]]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    waits = datetime.timedelta(days=1)  # for the judgements of the first process
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=waits)
     try:
         yield dist.get_rank(), world, device
     finally:
         dist.destroy_process_group()
+
+
+def _of_all(z: Tensor) -> Tensor:
+    """Rows of all processes; the gradient is so large that its mean over them is that of one process with all rows."""
+    parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, z.detach().contiguous())
+    parts[dist.get_rank()] = z.detach() + len(parts) * (z - z.detach())
+    return torch.cat(parts)
 
 
 def _part(batch: Batch, number: int, parts: int) -> Batch:
@@ -417,7 +443,11 @@ def open_folder(config: Config, resume: bool) -> None:
         raise FileNotFoundError(f"nothing to resume in {folder}; start the run without --resume")
     if stored.exists():
         there, given = (_flat(dataclasses.asdict(c)) for c in (load_config(stored), config))
-        changed = [f"{key} ({there[key]} there, {given[key]} given)" for key in there if there[key] != given[key]]
+        changed = [
+            f"{key} ({there[key]} there, {given[key]} given)"
+            for key in there
+            if there[key] != given[key] and key not in ("name", "out_dir", "prepared", "zoo")  # may be moved
+        ]
         if changed:
             raise ValueError(f"{stored} differs from the configuration given: {', '.join(changed)}; use another name")
         return
