@@ -38,7 +38,7 @@ def test_help_has_examples(arguments, capsys):
 def test_help_lists_all_commands(capsys):
     main(["--help"])
     shown = capsys.readouterr().out
-    names = "zoo preprocess align pretrain diagnose embed predict sample finetune".split()
+    names = ["zoo", "preprocess", "align", "pretrain", "diagnose", "embed", "predict", "sample", "finetune"]
     assert [name for name in names if f"• {name} " not in shown] == []
 
 

@@ -130,7 +130,7 @@ def test_a_prepared_file_that_was_moved_with_its_zoo_is_read(tmp_path):
     (tmp_path / "a").rename(tmp_path / "b")
     assert open_prepared(tmp_path / "b" / "prepared.safetensors").zoo.path == tmp_path / "b" / "zoo"
     (tmp_path / "b" / "zoo").rename(tmp_path / "c")
-    with pytest.raises(FileNotFoundError, match="is not in .*zoo: move it back or prepare it again; .* zoo=FOLDER"):
+    with pytest.raises(FileNotFoundError, match=r"is not in .*zoo: move it back or prepare it again; .* zoo=FOLDER"):
         open_prepared(tmp_path / "b" / "prepared.safetensors")
     assert len(open_prepared(tmp_path / "b" / "prepared.safetensors", tmp_path / "c").zoo) == 3
 

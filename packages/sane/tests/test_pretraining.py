@@ -71,7 +71,7 @@ def test_a_training_goes_on_in_another_place_but_not_with_another_preparation(wo
     moved = config(workshop, tmp_path / "b", f"prepared={tmp_path}/b.safetensors", f"zoo={workshop}/zoo")
     assert pretrain(moved, resume=True, limit_seconds=0, quiet=True).step == 2
     prepare(zoo, PrepareConfig(token_size=40, normalization="minmax")).save(tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match="b.safetensors is not the preparation that .* was trained on: prepare the"):
+    with pytest.raises(ValueError, match=r"b.safetensors is not the preparation that .* was trained on: prepare the"):
         pretrain(moved, resume=True, quiet=True)
 
 

@@ -114,9 +114,7 @@ class Objective:
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
 
-    def __call__(
-        self, z_i: Tensor, z_j: Tensor, y: Tensor, target: Tensor, mask: Tensor, parts: int = 1
-    ) -> Terms:
+    def __call__(self, z_i: Tensor, z_j: Tensor, y: Tensor, target: Tensor, mask: Tensor, parts: int = 1) -> Terms:
         """The loss.
 
         Args:
