@@ -464,10 +464,17 @@ def _flat(tree: dict[str, Any], where: str = "") -> dict[str, Any]:
 
 
 def trimmed_log(path: Path, step: int) -> Path:
-    """Drop the lines that a killed session wrote after its last saved state."""
+    """Drop the lines that a killed session wrote after its last saved state, and those that are damaged."""
+
+    def step_of(line: str) -> float:
+        try:
+            return float(json.loads(line)["step"])
+        except (ValueError, TypeError, KeyError):
+            return math.inf
+
     if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step] if step else []
+        lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in lines if step_of(line) <= step] if step else []
         with atomic_write(path) as temporary:
             temporary.write_text("".join(kept))
     return path
