@@ -141,7 +141,7 @@ def test_published_files_of_another_size_are_refused_in_one_line(tmp_path):
     ):
         load_published(tmp_path / "state.pt", config)
     torch.save({"model": {"tokenizer.weight": 3}}, tmp_path / "state.pt")
-    with pytest.raises(ValueError, match="holds no autoencoder: 'tokenizer.weight' is int"):
+    with pytest.raises(ValueError, match=r"holds no autoencoder: 'tokenizer.weight' is int"):
         load_published(tmp_path / "state.pt", config)
     (tmp_path / "params.json").write_text("{")
     with pytest.raises(ValueError, match=r"params.json is damaged"):
