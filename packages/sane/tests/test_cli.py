@@ -85,7 +85,8 @@ def test_the_commands_from_a_zoo_to_samples(workshop, tmp_path, capsys):
     assert len(names) == 18 and {("ggap", "spectra"), ("epoch", "embedding by layer")} <= names
     assert all(str(data) in s["elsewhere"] for s in report["scores"] if s["r2"] is not None)
 
-    seen = said(capsys, "diagnose", small, data, "--num", 3)
+    whole, seen = (said(capsys, "diagnose", small, data, "--num", 3, *o) for o in ([], ["--halo", 78, 0]))
+    assert seen["relative_error"] == pytest.approx(whole["relative_error"], rel=1e-4)  # one window is all
     assert len(seen["layers"]) == 5 and 0 <= seen["accuracy_before"] <= 1 and seen["note"] == "none"
     assert (seen["warning"] is None) == (seen["relative_error"] < 0.9)
 

@@ -47,3 +47,13 @@ def test_statistics_and_values_are_the_published_ones(golden):
             assert (back - vectors[1, 0]).abs().max() <= 2 * case["denormalize_max_abs_error"] + 1e-7
             again = Normalization.from_document(document, tokenizer, legacy_double_bn=True)
             assert torch.equal(again.normalize(vectors[1, 0]), values)
+
+
+def test_a_published_file_may_name_batch_norms_that_the_tokens_leave_out():
+    layout = ParameterLayout.from_state_dict({"conv1.weight": torch.ones(2, 3), "batchnorm1.weight": torch.ones(2)})
+    document = {"mode": "standardize"} | {name: {"mean": 0.5, "std": 2.0} for name in layout.names}
+    tokenizer = ChannelTokenizer.from_layout(layout, 3, ignore_bn=True)
+    found = Normalization.from_document(document, tokenizer)
+    assert found.normalize(torch.ones(8)).tolist() == [0.25] * 6 + [1.0] * 2
+    with pytest.raises(ValueError, match="of another network: it has conv1"):
+        Normalization.from_document({"conv1": {"mean": 0, "std": 1}, "mode": "standardize"}, tokenizer)

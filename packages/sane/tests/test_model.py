@@ -170,6 +170,19 @@ def test_published_files_of_another_size_are_refused_in_one_line(tmp_path):
         ValueError, match=r"missing transformer_encoder.transformer.1.*encoder_comp.weight: expected \(5, 16\)"
     ):
         load_published(tmp_path / "state.pt", config)
+    torch.save({"model": {"tokenizer.weight": 3}}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match=r"holds no autoencoder: 'tokenizer.weight' is int"):
+        load_published(tmp_path / "state.pt", config)
+    (tmp_path / "params.json").write_text("{")
+    with pytest.raises(ValueError, match=r"params.json is damaged"):
+        load_published(tmp_path / "state.pt", tmp_path / "params.json")
+
+
+def test_heads_may_have_an_odd_width():
+    autoencoder = Autoencoder(AutoencoderConfig(5, (9, 4, 4), 6, d_model=12, heads=4, layers=1, latent=3))
+    assert autoencoder(torch.ones(2, 6, 5), torch.zeros(2, 6, 3))[1].shape == (2, 6, 5)
+    with pytest.raises(ValueError, match=r"d_model \(12\) must be even and a multiple of heads \(5\)"):
+        AutoencoderConfig(5, (9, 4, 4), d_model=12, heads=5)
 
 
 FAULTS = {

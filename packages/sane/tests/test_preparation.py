@@ -113,9 +113,26 @@ def test_a_prepared_file_is_read_back_and_small(zoo, tmp_path):
     for split in prepared.samples:
         a, b = (p.tokens(p.vectors(split, slice(None))) for p in (prepared, back))
         assert torch.equal(a, b)
-    weights = 4 * zoo.layout.size * 36
-    without_reference = (tmp_path / "prepared.safetensors").stat().st_size - 4 * zoo.layout.size
-    assert without_reference < 0.1 * weights
+    assert torch.equal(back.reference, prepared.reference)
+    assert (tmp_path / "prepared.safetensors").stat().st_size < 0.1 * 4 * zoo.layout.size * 36
+
+
+def test_a_prepared_file_is_small_beside_a_zoo_of_few_checkpoints(tmp_path):
+    alexnet = {"model::type": "MiniAlexNet", "model::o_dim": 10}
+    made = zoo_of_networks(tmp_path / "zoo", alexnet, runs=2, checkpoints=1)
+    prepare(made, PrepareConfig(split="published", fractions=(1, 0, 0))).save(tmp_path / "prepared.safetensors")
+    assert (tmp_path / "prepared.safetensors").stat().st_size < 0.1 * 4 * made.layout.size * 2
+
+
+def test_a_prepared_file_that_was_moved_with_its_zoo_is_read(tmp_path):
+    made = zoo_of_networks(tmp_path / "a" / "zoo", CNN, runs=3, checkpoints=1)
+    prepare(made, PrepareConfig(split="published", align="none")).save(tmp_path / "a" / "prepared.safetensors")
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert open_prepared(tmp_path / "b" / "prepared.safetensors").zoo.path == tmp_path / "b" / "zoo"
+    (tmp_path / "b" / "zoo").rename(tmp_path / "c")
+    with pytest.raises(FileNotFoundError, match=r"is not in .*zoo: move it back or prepare it again; .* zoo=FOLDER"):
+        open_prepared(tmp_path / "b" / "prepared.safetensors")
+    assert len(open_prepared(tmp_path / "b" / "prepared.safetensors", tmp_path / "c").zoo) == 3
 
 
 def test_checkpoints_that_are_not_finite_or_too_large_are_left_out_and_counted(tmp_path):

@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from sane.cli import main
 from sane.config import PRESETS, Config, config_to_yaml, load_config
-from sane.preparation import open_prepared
+from sane.preparation import PrepareConfig, open_prepared, prepare
 from sane.pretraining import Pretraining, forecast, pretrain
 from support.autoencoders import SIZES, TRAINING
 from support.elsewhere import elsewhere
@@ -43,8 +45,91 @@ def test_stopped_and_resumed_equals_uninterrupted(workshop, tmp_path):
     pretrain(whole, quiet=True)
     first = pretrain(cut, limit_seconds=0, quiet=True)
     assert first.step == 1 and not first.finished
+    with (cut.folder / "metrics.jsonl").open("a") as log:
+        log.write("\0\0\n")  # as a crash of the machine leaves it
     assert pretrain(cut, resume=True, quiet=True).finished
     assert_same_tensors(*(c.folder / "model.safetensors" for c in (cut, whole)))
+
+
+def test_a_training_begins_with_the_weights_of_another(workshop, tmp_path):
+    begun = config(workshop, tmp_path, f"start={workshop}/results/small", "name=begun")
+    pretrain(begun, limit_seconds=0, quiet=True)
+    first, ended = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (begun.folder, workshop / "results" / "small")
+    )
+    assert first[0]["step"] == 0 and first[0]["loss_validation"] == pytest.approx(ended[-1]["loss_validation"])
+    wider = config(workshop, tmp_path, f"start={workshop}/results/small", "model.d_model=32", "name=wider")
+    with pytest.raises(ValueError, match=r"tokenizer.weight is .* there, .* here; use its token size and model"):
+        pretrain(wider, quiet=True)
+    assert not wider.folder.exists()
+    assert pretrain(dataclasses.replace(begun, start="moved"), resume=True, quiet=True).finished
+
+
+def test_callbacks_and_weights_and_biases_take_part_in_the_log(workshop, tmp_path, monkeypatch):
+    calls = []
+
+    def init(**options):
+        calls.append(options)
+        return SimpleNamespace(
+            log=lambda line, step: calls.append({**line, "step": step}), finish=lambda: calls.append("end")
+        )
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    tiny = config(workshop, tmp_path, "wandb=mine", "name=tiny")
+    count = lambda model, epoch: {
+        "parameters": float(sum(p.numel() for p in model.autoencoder.parameters())),
+        "at": epoch,
+    }
+    pretrain(tiny, limit_seconds=0, callbacks=[count], quiet=True)
+    pretrain(tiny, callbacks=[count], resume=True, quiet=True)
+    lines = [json.loads(line) for line in (tiny.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["at"] for line in lines if "parameters" in line] == [0, 1, 2]
+    starts = [call for call in calls if call != "end" and "project" in call]
+    assert [call["project"] for call in starts] == ["mine", "mine"] and starts[0]["id"] == starts[1]["id"]
+    assert calls[-1] == "end" and [c for c in calls if c != "end" and "step" in c] == lines
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    with pytest.raises(ImportError, match="wandb=mine needs Weights & Biases: pip install"):
+        pretrain(dataclasses.replace(tiny, name="other"), quiet=True)
+
+
+def test_dropout_is_a_function_of_the_seed(workshop, tmp_path):
+    whole, cut = (config(workshop, tmp_path / name, "model.dropout=0.3") for name in ("a", "b"))
+    torch.manual_seed(1)
+    pretrain(whole, quiet=True)
+    before = torch.get_rng_state()
+    pretrain(cut, limit_seconds=0, quiet=True)
+    torch.manual_seed(2)
+    assert pretrain(cut, resume=True, quiet=True).finished
+    assert_same_tensors(*(c.folder / "model.safetensors" for c in (cut, whole)))
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's generator is as it was
+
+
+def test_a_training_goes_on_in_another_place_but_not_with_another_preparation(workshop, tmp_path):
+    zoo = open_prepared(workshop / "prepared.safetensors").zoo
+    one = config(workshop, tmp_path / "a", f"prepared={tmp_path}/a.safetensors")
+    shutil.copy(workshop / "prepared.safetensors", tmp_path / "a.safetensors")
+    pretrain(one, limit_seconds=0, quiet=True)
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
+    moved = config(workshop, tmp_path / "b", f"prepared={tmp_path}/b.safetensors", f"zoo={workshop}/zoo")
+    assert pretrain(moved, resume=True, limit_seconds=0, quiet=True).step == 2
+    prepare(zoo, PrepareConfig(token_size=40, normalization="minmax")).save(tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"b.safetensors is not the preparation that .* was trained on: prepare the"):
+        pretrain(moved, resume=True, quiet=True)
+
+
+def test_judgements_embed_long_sequences_by_windows(workshop, tmp_path, monkeypatch):
+    one = config(workshop, tmp_path)
+    run = Pretraining(one, open_prepared(one.prepared), CPU)
+    found = []
+    for longest, together in ((4096, 2**24), (50, 2 * 2464)):
+        monkeypatch.setattr("sane.pretraining._LONG", longest)
+        monkeypatch.setattr("sane.pretraining._TOGETHER", together)
+        torch.manual_seed(0)
+        found.append(run.downstream())
+    assert found[0].keys() == found[1].keys() and found[0] != found[1]
 
 
 def gradients(run):
@@ -52,11 +137,12 @@ def gradients(run):
     return torch.cat([p.detach().flatten() for p in run.model.parameters()])
 
 
-@pytest.mark.parametrize("gamma", [0.0])
-def test_parts_of_a_batch_give_the_gradient_of_the_whole(workshop, tmp_path, gamma):
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(workshop, tmp_path, reduction):
     found = []
     for accumulate in (1, 4):
-        one = config(workshop, tmp_path, f"training.gamma={gamma}", f"training.accumulate={accumulate}", "optim.clipping=none", "optim.optimizer=sgd")  # fmt: skip
+        settings = [f"training.accumulate={accumulate}", f"training.reduction={reduction}", "training.gamma=0"]
+        one = config(workshop, tmp_path, *settings, "optim.clipping=none", "optim.optimizer=sgd")
         torch.manual_seed(0)
         found.append(gradients(Pretraining(one, open_prepared(one.prepared), CPU)))
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
@@ -65,7 +151,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(workshop, tmp_path, gam
 DISTRIBUTED = """
 import sys, torch
 from sane.config import load_config
-from sane.preparation import open_prepared
+from sane.preparation import PrepareConfig, open_prepared, prepare
 from sane.pretraining import Pretraining, joined
 with joined(torch.device("cpu")) as (rank, world, device):
     config = load_config("small", sys.argv[2:])
@@ -92,6 +178,7 @@ def test_two_processes_take_the_steps_of_one(workshop, tmp_path):
         command = [sys.executable, *start, str(tmp_path / "program.py"), str(tmp_path / f"{name}.pt"), *common]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+        assert "Warning" not in done.stderr
     for a, b in zip(torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt"), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
@@ -177,6 +264,8 @@ def test_published_sizes():
         ("small", ["training.epochs=many"], "training.epochs: expected int, got 'many'"),
         ("small", ["training.views=both"], "training.views: expected one of canonical, mixed, permuted"),
         ("small", ["training.noise=[0.1]"], "training.noise must be two numbers"),
+        ("small", ["training.noise=0.1,0.2"], r"training.noise: write several values as \[0.1,0.2\]"),
+        ("small", ["name=["], "'\\[' is no YAML value: close its brackets"),
         ("small", ["training.batch=30", "training.accumulate=16"], r"accumulate \(16\) must divide the batch \(30\)"),
         ("small", ["training.epochs=0"], "training.epochs must be at least 1"),
         ("small", ["optim.lr=0"], "lr and clip must be positive"),

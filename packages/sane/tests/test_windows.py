@@ -88,6 +88,13 @@ def test_samples_have_starts_of_their_own_unless_they_are_shared(prepared):
     assert len(starts[False]) > 1 and len(starts[True]) == 1
 
 
+def test_a_shared_permutation_is_that_of_the_whole_batch(prepared, monkeypatch):
+    data = windows(prepared, views="mixed", shared=True)
+    whole = data.batch(6, 0)
+    monkeypatch.setattr("sane.windows._TOGETHER", 2 * prepared.tokenizer.layout.size)  # cut in parts of two
+    assert torch.equal(data.batch(6, 0).clean, whole.clean)
+
+
 def test_noise_is_multiplicative_and_keeps_padding(prepared):
     tokens = torch.ones(4, 50, 60)
     tokens[:, :, 50:] = 0

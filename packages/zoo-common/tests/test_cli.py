@@ -47,7 +47,8 @@ def test_a_folder_without_a_zoo_is_one_line(tmp_path, capsys, command):
     assert main([command, str(tmp_path)]) == 1
     assert (
         capsys.readouterr().err
-        == f"zoo: there is no zoo in {tmp_path} (no zoo.json): check the path, or make one there first\n"
+        == f"zoo: there is no zoo in {tmp_path} (no zoo.json): check the path, or make one there first; "
+        "`zoo convert` makes one of published runs\n"
     )
 
 

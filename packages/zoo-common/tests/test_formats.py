@@ -239,6 +239,21 @@ def test_the_short_folder_name_goes_first_and_epochs_can_be_chosen(trials, tmp_p
     assert "checkpoint_000007" in result.dropped_checkpoints[trial.name][0] and len(result.dropped_checkpoints) == 3
 
 
+def test_folders_that_count_checkpoints_get_the_epochs_they_are_of(tmp_path):
+    write_trial(tmp_path / "in" / "NN_1", 1, epochs=(0, 1, 2), first=0, last=5)  # saved after epochs 1, 3 and 5
+    result = quietly(
+        tmp_path / "in", tmp_path / "zoo", checkpoint_index_step=2, checkpoint_index_offset=1, epochs=[2, 3, 5]
+    )
+    zoo = Zoo.open(tmp_path / "zoo")
+    assert zoo.steps["NN_1"].tolist() == [3, 5]
+    assert "checkpoint_000000.1" in result.dropped_checkpoints["NN_1"][0]  # epoch 2 is between two folders
+    np.testing.assert_allclose(zoo.metrics["test_acc"]["NN_1"], [0.31, 0.51], rtol=1e-12)
+    assert torch.equal(zoo.params["NN_1", 0], zoo.layout.flatten(make_net(11)))
+    for step, offset in ((0, 0), (-1, 0), (1, -1)):
+        with pytest.raises(ValueError, match="checkpoint_index_step must be at least 1"):
+            quietly(tmp_path / "in", tmp_path / "no", checkpoint_index_step=step, checkpoint_index_offset=offset)
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil",)

@@ -43,8 +43,8 @@ class AutoencoderConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout}")
-        if self.d_model % (2 * self.heads):
-            raise ValueError(f"d_model ({self.d_model}) must be a multiple of 2 * heads ({2 * self.heads})")
+        if self.d_model % self.heads or self.d_model % 2:
+            raise ValueError(f"d_model ({self.d_model}) must be even and a multiple of heads ({self.heads})")
         if len(self.max_positions) not in (2, 3) or min(self.max_positions) < 1:
             raise ValueError(f"max_positions must be two or three positive numbers, got {self.max_positions}")
 
@@ -122,7 +122,9 @@ class Positions(nn.Module):
         """Positions (b, t, 2 or 3) -> (b, t, d).
 
         Raises:
-            ValueError: A position without a row in its table.
+            ValueError: Fewer columns than tables.
+            IndexError: A position without a row in its table (on CUDA an assertion; :func:`sane.model.check_fit` tells
+                before).
         """
         columns = p.long().unbind(-1)
         if len(columns) < len(self.max_positions):

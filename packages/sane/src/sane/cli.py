@@ -124,8 +124,12 @@ class DiagnoseCommand:
     """Whose checkpoints to reconstruct."""
     num: int = 16
     """How many checkpoints."""
+    halo: _Halo = None
+    """Window and halo in tokens, instead of full attention, for large networks."""
     condition: int = 20
     """Batches of images that batch norms see after the reconstruction."""
+    judge_images: int = 1000
+    """Validation images, at most, that accuracies are measured on."""
     data_dir: Path | None = None
     """Folder with the data files of the task; without data there are no accuracies."""
     download: bool = False

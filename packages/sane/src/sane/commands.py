@@ -38,6 +38,7 @@ from sane.model import Halo, SaneModel, load_model
 from sane.population import FineTuning, Networks, image_batches
 from sane.prediction import Labelled, PropertyPredictor, Score
 from sane.preparation import PrepareConfig, Prepared, known_network, network_of, open_prepared, prepare, symmetry_of
+from sane.progress import progress_bars
 from sane.properties import DEFAULTS
 from sane.reconstruction import reconstruct
 from sane.sampling import KernelDensity, Sampler
@@ -141,9 +142,10 @@ def pretrain(command: PretrainCommand) -> int:
             raise ValueError("--limit-seconds does not go with --tune: every trial is trained to its end")
         show(tune(config, command.tune), command.json)
         return 0
-    report = pretraining.pretrain(
-        config, resume=command.resume, limit_seconds=command.limit_seconds, quiet=command.json
-    )
+    with progress_bars(False):  # it has its own
+        report = pretraining.pretrain(
+            config, resume=command.resume, limit_seconds=command.limit_seconds, quiet=command.json
+        )
     if int(os.environ.get("RANK", "0")) > 0:  # under torchrun, the first process speaks
         return 130 if report.interrupted else 0
     show({**dataclasses.asdict(report), "folder": str(report.folder), "finished": report.finished}, command.json)
@@ -154,7 +156,7 @@ def pretrain(command: PretrainCommand) -> int:
 
 def diagnose(command: DiagnoseCommand) -> None:
     """Reconstruct checkpoints and say which layers are lost."""
-    _check_least(1, num=command.num)
+    _check_least(1, num=command.num, judge_images=command.judge_images)
     _check_least(0, condition=command.condition)
     model, prepared = _model_and_zoo(command.model, command.prepared, command.device)
     count = len(prepared.samples[command.split].runs)
@@ -166,11 +168,11 @@ def diagnose(command: DiagnoseCommand) -> None:
     note = "none"
     try:
         networks, splits = _networks_and_images(prepared, command)
-        accuracy = lambda vectors: networks.accuracy(vectors, first_images(splits.validation, 1000))
+        accuracy = lambda vectors: networks.accuracy(vectors, first_images(splits.validation, command.judge_images))
         condition = _conditioning(networks, splits, command.condition, 0)
     except (FileNotFoundError, ValueError) as error:
         note = f"no accuracies: {error}"
-    found = reconstruct(model, prepared.vectors(command.split, rows), accuracy, condition)
+    found = reconstruct(model, prepared.vectors(command.split, rows), accuracy, condition, _halo(command.halo))
     warning = None
     if not found.relative_error < _LOST:
         warning = (
@@ -201,7 +203,8 @@ def embed(command: EmbedCommand) -> None:
     """Embed networks and write the embeddings."""
     _check_folder(command.out)
     model = load_model(command.model, choose_device(command.device))
-    found = embedding.embed(model, command.source, halo=_halo(command.halo), quiet=command.json)
+    with progress_bars(False):  # it has its own
+        found = embedding.embed(model, command.source, halo=_halo(command.halo), quiet=command.json)
     facts = {"runs": found.runs, "steps": found.steps, "method": found.method, "cosine": found.cosine}
     save_checkpoint(command.out, {"embeddings": found.vectors}, facts)
     summary: dict[str, Any] = {

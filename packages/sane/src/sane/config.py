@@ -83,6 +83,10 @@ class Config:
     """File of ``sane preprocess``."""
     zoo: str | None = None
     """Where the zoo is, if it was moved since."""
+    start: str | None = None
+    """Model file, or folder of a training, whose weights to begin with; default: random ones."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the log too (extra ``wandb``)."""
     seed: int = 0
     device: str = "auto"
     model: ModelSizes = field(default_factory=ModelSizes)
@@ -168,9 +172,17 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ValueError(f"override {override!r} must have the form key=value, for example training.batch=64")
-        tree = _with(tree, key.split("."), yaml.safe_load(text))
+        tree = _with(tree, key.split("."), yaml_value(text))
     config: Config = _build(Config, tree, "")
     return config
+
+
+def yaml_value(text: str) -> Any:  # noqa: ANN401 (a YAML value)
+    """What a text says as YAML; ``ValueError`` if it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{text!r} is no YAML value: close its brackets and quotes, for example [0.1, 0.2]") from None
 
 
 def config_to_yaml(config: Config) -> str:
@@ -214,8 +226,11 @@ def _fit(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401 (a YAML value 
             return value
         raise ValueError(f"{key}: expected one of {', '.join(map(str, get_args(hint)))}, got {value!r}")
     if get_origin(hint) is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_fit(item, get_args(hint)[0], key) for item in items)
+        if isinstance(value, list | tuple):
+            return tuple(_fit(item, get_args(hint)[0], key) for item in value)
+        if isinstance(value, str) and "," in value:
+            raise ValueError(f"{key}: write several values as [{value}], got {value!r}")
+        return (_fit(value, get_args(hint)[0], key),)
     if hint is float and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-3 as text
             number = float(value)

@@ -4,7 +4,6 @@ Shapes: ``n`` checkpoints of ``d`` numbers or ``k`` tokens of ``i`` scalars, lat
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from zoo_common.checkpoint import load_checkpoint, save_checkpoint
+from zoo_common.files import read_json
 from zoo_common.layout import ParameterLayout
 from zoo_common.symmetry import Symmetry
 from zoo_common.tokens import ChannelTokenizer
@@ -233,7 +233,7 @@ def load_published(
         FileNotFoundError: A file is not there.
         ValueError: Keys or shapes differ; all of them are named.
     """
-    options = config if isinstance(config, Mapping) else json.loads(Path(config).read_text())
+    options = config if isinstance(config, Mapping) else read_json(config)
     kind: Literal["gpt2", "legacy_pytorch"] = (
         "gpt2" if options.get("ae:transformer_type", "pytorch") == "gpt2" else "legacy_pytorch"
     )
@@ -255,6 +255,8 @@ def load_published(
     if not isinstance(found, Mapping):
         raise ValueError(f"{state} holds no autoencoder but {type(content).__name__}")
     weights = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in found.items()}
+    if odd := [name for name, value in weights.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"{state} holds no autoencoder: {odd[0]!r} is {type(weights[odd[0]]).__name__}")
     expected = autoencoder.state_dict()
     problems = [f"missing {name}" for name in expected if name not in weights]
     problems += [f"unexpected {name}" for name in weights if name not in expected]

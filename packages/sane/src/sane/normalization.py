@@ -98,7 +98,7 @@ class Normalization:
     def from_document(
         cls, document: Mapping[str, Any], tokenizer: ChannelTokenizer, *, legacy_double_bn: bool = False
     ) -> "Normalization":
-        """Read the content of a published (or our) normalisation file.
+        """Read the content of a published (or our) normalisation file; skipped tensors that it names are left out.
 
         Raises:
             ValueError: It names layers that the network does not have, or is something else.
@@ -109,8 +109,11 @@ class Normalization:
             pairs = {k: (float(v[names[0]]), float(v[names[1]])) for k, v in document.items() if k != "mode"}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a normalisation file: each layer needs {names[0]} and {names[1]}") from error
-        if unknown := [name for name in pairs if name not in tokenizer.layout.names]:
+        skipped = tokenizer.skipped  # published files have `batchnorm` layers that are in no token
+        known = {layer.weight for layer in _layers(tokenizer.layout, skipped, "standardize")}
+        if unknown := [name for name in pairs if name not in known.union(skipped)]:
             raise ValueError(f"the normalisation is of another network: it has {', '.join(unknown)}")
+        pairs = {name: pair for name, pair in pairs.items() if name in known}
         return cls(mode, pairs, tokenizer.layout, tokenizer.skipped, legacy_double_bn)
 
 

@@ -7,7 +7,10 @@ Shapes: ``n`` checkpoints of ``d`` numbers, ``s`` units in a group, ``k`` tokens
 """
 
 import dataclasses
+import hashlib
+import json
 import math
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,6 +114,13 @@ class Prepared:
         return symmetry_of(self.zoo)
 
     @property
+    def identity(self) -> str:
+        """SHA-256 of what a training sees: tokens, statistics, checkpoints and settings."""
+        seen = [self.zoo.layout.id, self.tokenizer.token_size, self.tokenizer.skipped, self.normalization.to_document()]
+        taken = [[self.zoo.run_ids[run] for run in s.runs] + s.checkpoints.tolist() for s in self.samples.values()]
+        return hashlib.sha256(json.dumps([seen, taken, str(self.config)]).encode()).hexdigest()
+
+    @property
     def max_positions(self) -> tuple[int, int, int]:
         """Largest position of each column, plus one."""
         first, layer, channel = (int(column) + 1 for column in self.tokenizer.positions.amax(0))
@@ -163,12 +173,12 @@ class Prepared:
     def save(self, path: str | Path) -> None:
         """Write everything but the weights, atomically."""
         tensors = {f"permutation/{g}": table for g, table in enumerate(self.permutations)}
-        tensors["reference"] = self.reference
         for split, samples in self.samples.items():
             if len(samples.runs):  # the format has no empty tensors
                 tensors |= {f"{split}/{n}": torch.tensor(v) for n, v in samples._asdict().items() if n != "runs"}
         document = {
             "zoo": str(self.zoo.path.absolute()),
+            "from_here": os.path.relpath(self.zoo.path, Path(path).parent),
             "layout": self.zoo.layout.id,
             "config": {**dataclasses.asdict(self.config), "max_abs": str(self.config.max_abs)},
             "token_size": self.tokenizer.token_size,
@@ -195,8 +205,12 @@ def open_prepared(path: str | Path, zoo: Zoo | str | Path | None = None) -> Prep
         raise FileNotFoundError(f"there is no file {path}: give the one that `sane preprocess` has written")
     file = TensorFile(path, _KIND)
     document, tensors = file.metadata, file.load()
-    place = zoo if zoo is not None else Path(document["zoo"])
-    zoo = place if isinstance(place, Zoo) else Zoo.open(place)
+    places = [Path(document["zoo"]), Path(path).parent / document.get("from_here", document["zoo"])]  # moved together
+    if zoo is None and not (found := [place for place in places if place.is_dir()]):
+        raise FileNotFoundError(
+            f"the zoo of {path} is not in {places[0]}: move it back or prepare it again; pretraining also takes zoo=FOLDER"
+        )
+    zoo = zoo if isinstance(zoo, Zoo) else Zoo.open(zoo if zoo is not None else found[0])
     if zoo.layout.id != document["layout"]:
         zoo = zoo.with_layout(document["layout"])
     settings = document["config"]
@@ -222,7 +236,8 @@ def open_prepared(path: str | Path, zoo: Zoo | str | Path | None = None) -> Prep
         for split, runs in document["runs"].items()
     }
     tables = [tensors[f"permutation/{g}"] for g in range(sum(name.startswith("permutation/") for name in tensors))]
-    return Prepared(zoo, config, tokenizer, normalization, samples, tables, tensors["reference"], document["dropped"])
+    reference = _reference(zoo, samples["train"])
+    return Prepared(zoo, config, tokenizer, normalization, samples, tables, reference, document["dropped"])
 
 
 def prepare(zoo: Zoo | str | Path, config: PrepareConfig | None = None, *, quiet: bool = True) -> Prepared:
@@ -261,13 +276,10 @@ def prepare(zoo: Zoo | str | Path, config: PrepareConfig | None = None, *, quiet
         raise ValueError(
             f"no training checkpoint of {zoo.path} is left"
             + "".join(f"; {number} {reason}" for reason, number in dropped.items())
-            + ": choose other steps, a larger max_abs or more runs"
+            + ": choose other steps, a larger max_abs, more runs or split=published"
         )
-    first = samples["train"]
-    last = np.flatnonzero(first.runs == first.runs[0])[-1]
-    reference = zoo.params[int(first.runs[0]), int(first.checkpoints[last])].float().clone()
     placeholder = Normalization("none", {}, zoo.layout, tokenizer.skipped)
-    prepared = Prepared(zoo, config, tokenizer, placeholder, samples, [], reference, dropped)
+    prepared = Prepared(zoo, config, tokenizer, placeholder, samples, [], _reference(zoo, samples["train"]), dropped)
     if config.align != "none":
         prepared.permutations = _match(prepared, quiet)
     prepared.normalization = prepared.measured("train")
@@ -371,6 +383,12 @@ def _good_checkpoints(zoo: Zoo, run: int, config: PrepareConfig, dropped: dict[s
         if bad.any():
             dropped[reason] = dropped.get(reason, 0) + int(bad.sum())
     return index[finite & small]
+
+
+def _reference(zoo: Zoo, train: Samples) -> Tensor:
+    """The last checkpoint taken of the first training run (d,)."""
+    last = np.flatnonzero(train.runs == train.runs[0])[-1]
+    return zoo.params[int(train.runs[0]), int(train.checkpoints[last])].float().clone()
 
 
 def _match(prepared: Prepared, quiet: bool) -> list[Tensor]:

@@ -1,13 +1,14 @@
 """Pretraining of the autoencoder on one prepared zoo: a loop to read, copy and change."""
 
 import dataclasses
+import datetime
 import importlib.util
 import json
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 from tqdm import tqdm
 from zoo_common.checkpoint import load_training, save_training
 from zoo_common.files import atomic_write, visible_files
@@ -25,8 +25,9 @@ from zoo_common.interrupts import deferred_interrupt
 from sane.autoencoder import Autoencoder, AutoencoderConfig
 from sane.config import Config, config_to_yaml, load_config
 from sane.device import choose_device
+from sane.loggers import Sink, open_logger
 from sane.losses import Objective, Terms
-from sane.model import SaneModel
+from sane.model import Halo, SaneModel, load_model
 from sane.optimization import clip_gradients, make_optimizer, make_schedule
 from sane.prediction import fit_ridge, r_squared
 from sane.preparation import Prepared, facts_of, open_prepared
@@ -34,6 +35,12 @@ from sane.windows import Batch, ViewConfig, WindowDataset
 
 _LOGGED = ("loss", "contrast", "reconstruction", "rsq", "z_norm", "z_var")
 _VALIDATION_BATCHES = 20
+_TOGETHER = 2**24
+"""Numbers of weights that a judgement embeds at once."""
+_MOVABLE = ("name", "out_dir", "prepared", "zoo", "start", "wandb")
+"""Settings that may be others when a training resumes."""
+_LONG = 4096
+"""Tokens of a checkpoint from which on a judgement embeds it by windows: full attention takes a minute for a ResNet."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,17 @@ class TrainReport:
         return self.step == self.steps
 
 
+Callback = Callable[[SaneModel, int], Mapping[str, float]]
+"""Called with the model and the number of epochs after every judgement; what it returns goes into the log."""
+
+
 def pretrain(
-    config: Config, *, resume: bool = False, limit_seconds: float | None = None, quiet: bool = False
+    config: Config,
+    *,
+    resume: bool = False,
+    limit_seconds: float | None = None,
+    callbacks: Sequence[Callback] = (),
+    quiet: bool = False,
 ) -> TrainReport:
     """Train the autoencoder of a configuration and write ``model.safetensors`` to its folder.
 
@@ -68,25 +84,33 @@ def pretrain(
         config: All settings; ``config.folder`` must be new unless ``resume``.
         resume: Go on from the state in the folder (start, if there is none).
         limit_seconds: Stop after this time.
+        callbacks: Further judgements, by the first process.
         quiet: No progress bar.
 
     Raises:
         FileNotFoundError: No prepared zoo, or nothing to resume.
         ValueError: Zoo, configuration and saved state do not fit each other, or the loss is not finite.
     """
-    with joined(choose_device(config.device)) as (rank, world, device):
+    with (
+        joined(choose_device(config.device)) as (rank, world, device),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+    ):
         prepared = open_prepared(config.prepared, config.zoo)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            run = Pretraining(config, prepared, device, rank, world)
+        torch.manual_seed(config.seed)
+        run = Pretraining(config, prepared, device, rank, world)
+        run.callbacks = callbacks
         folder = config.folder
+        state = folder / "state.safetensors"
+        going_on = resume and state.exists()
+        if config.start is not None and not going_on:
+            _begin_with(run.model, config.start)
         if run.first:
             open_folder(config, resume)
         run.wait()
-        state = folder / "state.safetensors"
-        if resume and state.exists():
+        if going_on:
             run.load(state)
-        report = run.loop(folder, limit_seconds, quiet or not run.first)
+        with open_logger(config) if run.first else nullcontext(run.sink) as run.sink:
+            report = run.loop(folder, limit_seconds, quiet or not run.first)
         if report.finished and run.first:
             run.saned().save(folder / "model.safetensors")
         if run.first and importlib.util.find_spec("matplotlib"):
@@ -159,6 +183,8 @@ class Pretraining:
             t.z_var_penalty,
             t.z_norm_penalty,
         )
+        self.callbacks: Sequence[Callback] = ()
+        self.sink: Sink = lambda line: None
         self.step = 0
         self.sums = torch.zeros(len(_LOGGED) + 1, dtype=torch.float64, device=device)
         self.last_loss = math.nan
@@ -189,14 +215,14 @@ class Pretraining:
         )
         with bar, deferred_interrupt() as interrupted:
             if self.step == 0 and t.test_every:
-                self.judge(log)
+                self.judge(log, quiet)
             while self.step < self.steps and not self.any(interrupted()):
                 self.advance()
                 bar.update()
                 if self.step % t.log_every == 0 or self.step == self.steps:
                     self.write_log(log, bar, time.monotonic() - began)
                 if t.test_every and (self.step % (t.test_every * self.per_epoch) == 0 or self.step == self.steps):
-                    self.judge(log)
+                    self.judge(log, quiet)
                 if self.step % t.save_every == 0 and self.step < self.steps:
                     self.save(folder / "state.safetensors")
                 if limit_seconds is not None and self.any(time.monotonic() - began > limit_seconds):
@@ -210,9 +236,11 @@ class Pretraining:
         t = self.config.training
         parts = t.accumulate * self.world
         batch = self.data.batch(t.batch, self.step)
+        dropout = np.random.SeedSequence([self.config.seed, 2, self.step, self.rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(dropout[0]) >> 1)
         self.optimizer.zero_grad(set_to_none=True)
         for k in range(t.accumulate):
-            terms = self.terms(_part(batch, k * self.world + self.rank, parts), self.world > 1)
+            terms = self.terms(_part(batch, k * self.world + self.rank, parts), parts, self.world > 1)
             self.scaler.scale(terms.loss / t.accumulate).backward()
             self.sums += (
                 torch.stack([*(x.detach().double() for x in terms), torch.ones_like(self.sums[0])]) / t.accumulate
@@ -229,11 +257,12 @@ class Pretraining:
         if self.schedule is not None and self.step < self.steps:
             self.schedule.step()
 
-    def terms(self, batch: Batch, gather: bool = False) -> Terms:
+    def terms(self, batch: Batch, parts: int = 1, gather: bool = False) -> Terms:
         """The loss of a batch: both views go through the model together.
 
         Args:
             batch: Of this process.
+            parts: How many such batches make one step.
             gather: Contrast the windows of all processes, as one process with the whole batch would.
         """
         t = self.config.training
@@ -243,12 +272,12 @@ class Pretraining:
             _, y, projected = self.forward(views, positions.repeat(2, 1, 1))
         z_i, z_j = projected.float().chunk(2)
         if gather:
-            z_i, z_j = (torch.cat(all_gather(z)) for z in (z_i, z_j))  # gradients flow to all processes
+            z_i, z_j = (_of_all(z) for z in (z_i, z_j))
         target = views if t.target == "noised" else batch.clean.to(self.device)
-        return self.objective(z_i, z_j, y.float(), target, mask.repeat(2, 1, 1))
+        return self.objective(z_i, z_j, y.float(), target, mask.repeat(2, 1, 1), parts)
 
     @torch.no_grad()
-    def judge(self, log: Path) -> None:
+    def judge(self, log: Path, quiet: bool = True) -> None:
         """Append the loss on validation windows, and how well the embeddings predict properties."""
         if not self.first:
             return
@@ -269,26 +298,30 @@ class Pretraining:
                 found = [self.terms(data.batch(size, k)) for k in range(count)]
                 means = torch.stack([torch.stack([x.double() for x in terms]) for terms in found]).mean(0).tolist()
                 line |= {f"{n}_validation": v for n, v in zip(_LOGGED, means, strict=True) if math.isfinite(v)}
-        line |= self.downstream()
+        line |= self.downstream(quiet)
+        for callback in self.callbacks:
+            line |= callback(self.saned(), self.step // self.per_epoch)
         self.model.train()
-        _append(log, line)
+        self.write(log, line)
 
-    def downstream(self) -> dict[str, float]:
+    def downstream(self, quiet: bool = True) -> dict[str, float]:
         """R2 on validation and test checkpoints of ridges from the mean latents, for the properties that there are."""
-        model, t = self.saned(), self.config.training
+        model, t, window = self.saned(), self.config.training, self.config.model.window
         if not t.properties:
             return {}  # embedding large networks takes minutes
-        embedded, scores = {}, {}
+        halo = Halo(window, window // 2) if self.prepared.tokenizer.shape[0] > _LONG else None
         index = {}
         for split, samples in self.prepared.samples.items():
             count = len(samples.runs)
             index[split] = np.linspace(0, count - 1, min(count, t.test_checkpoints)).astype(np.int64)
-            parts = [
-                model.embed(self.prepared.vectors(split, rows))
-                for rows in np.array_split(index[split], max(1, len(index[split]) // 64))
-                if len(rows)
-            ]
-            embedded[split] = torch.cat(parts) if parts else torch.zeros(0, self.config.model.latent)
+        embedded, scores, step = {}, {}, max(1, _TOGETHER // self.prepared.zoo.layout.size)
+        with tqdm(total=sum(map(len, index.values())), desc="judge", disable=quiet, leave=False, delay=1) as bar:
+            for split, rows in index.items():
+                parts = [torch.zeros(0, self.config.model.latent)]
+                for start in range(0, len(rows), step):
+                    parts.append(model.embed(self.prepared.vectors(split, rows[start : start + step]), halo))
+                    bar.update(len(parts[-1]))
+                embedded[split] = torch.cat(parts)
         for name in t.properties:
             try:
                 values = {s: self.prepared.properties(s, name)[index[s]] for s in embedded}
@@ -318,8 +351,13 @@ class Pretraining:
         line |= {name: value for name, value in zip(_LOGGED, values, strict=True) if math.isfinite(value)}
         line |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": round(seconds, 3)}
         if self.first:
-            _append(log, line)
+            self.write(log, line)
         bar.set_postfix(loss=f"{self.last_loss:.4f}", refresh=False)
+
+    def write(self, log: Path, line: dict[str, Any]) -> None:
+        """Append a line to the log, and hand it to the logger."""
+        _append(log, line)
+        self.sink(line)
 
     def check(self) -> None:
         """Stop a training that has diverged, before it overwrites the last good state."""
@@ -335,12 +373,18 @@ class Pretraining:
         self.check()
         sums = self.mean(self.sums)
         if self.first:
-            save_training(path, **self._parts(), progress={"step": self.step, "loss": self.last_loss, "sums": sums})
+            progress = {"step": self.step, "loss": self.last_loss, "sums": sums, "data": self.prepared.identity}
+            save_training(path, **self._parts(), progress=progress)
         self.wait()
 
     def load(self, path: Path) -> None:
         """Go back to a saved state."""
         progress = load_training(path, **self._parts())
+        if progress.get("data") != self.prepared.identity:
+            raise ValueError(
+                f"{self.config.prepared} is not the preparation that {path} was trained on: prepare the zoo as before, "
+                "or use another name"
+            )
         self.step, self.last_loss = progress["step"], progress["loss"]
         self.sums.copy_(progress["sums"])
 
@@ -382,11 +426,20 @@ def joined(device: torch.device) -> Iterator[tuple[int, int, torch.device]]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    waits = datetime.timedelta(days=1)  # for the judgements of the first process
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=waits)
     try:
         yield dist.get_rank(), world, device
     finally:
         dist.destroy_process_group()
+
+
+def _of_all(z: Tensor) -> Tensor:
+    """Rows of all processes; the gradient is so large that its mean over them is that of one process with all rows."""
+    parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, z.detach().contiguous())
+    parts[dist.get_rank()] = z.detach() + len(parts) * (z - z.detach())
+    return torch.cat(parts)
 
 
 def _part(batch: Batch, number: int, parts: int) -> Batch:
@@ -397,6 +450,24 @@ def _part(batch: Batch, number: int, parts: int) -> Batch:
     rows = slice(number * size, (number + 1) * size)
     views, clean = (torch.cat([half[rows] for half in x.chunk(2)]) for x in (batch.views, batch.clean))
     return Batch(views, clean, batch.mask[rows], batch.positions[rows])
+
+
+def _begin_with(model: Autoencoder, path: str) -> None:
+    """Give an autoencoder the weights of another one.
+
+    Raises:
+        ValueError: It has other sizes.
+    """
+    state = load_model(path).autoencoder.state_dict()
+    here = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    there = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in {**here, **there}:
+        if here.get(name) != there.get(name):
+            raise ValueError(
+                f"start={path} has another autoencoder: {name} is {there.get(name, 'absent')} there, "
+                f"{here.get(name, 'absent')} here; use its token size and model.* settings"
+            )
+    model.load_state_dict(state)
 
 
 def _append(log: Path, line: dict[str, Any]) -> None:
@@ -419,7 +490,11 @@ def open_folder(config: Config, resume: bool) -> None:
         raise FileNotFoundError(f"nothing to resume in {folder}; start the run without --resume")
     if stored.exists():
         there, given = (_flat(dataclasses.asdict(c)) for c in (load_config(stored), config))
-        changed = [f"{key} ({there[key]} there, {given[key]} given)" for key in there if there[key] != given[key]]
+        changed = [
+            f"{key} ({there[key]} there, {given[key]} given)"
+            for key in there
+            if there[key] != given[key] and key not in _MOVABLE
+        ]
         if changed:
             raise ValueError(f"{stored} differs from the configuration given: {', '.join(changed)}; use another name")
         return
@@ -436,10 +511,17 @@ def _flat(tree: dict[str, Any], where: str = "") -> dict[str, Any]:
 
 
 def trimmed_log(path: Path, step: int) -> Path:
-    """Drop the lines that a killed session wrote after its last saved state."""
+    """Drop the lines that a killed session wrote after its last saved state, and those that are damaged."""
+
+    def step_of(line: str) -> float:
+        try:
+            return float(json.loads(line)["step"])
+        except (ValueError, TypeError, KeyError):
+            return math.inf
+
     if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step] if step else []
+        lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in lines if step_of(line) <= step] if step else []
         with atomic_write(path) as temporary:
             temporary.write_text("".join(kept))
     return path

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sane.model import SaneModel
+from sane.model import Halo, SaneModel
 from sane.progress import track
 
 Finding = Literal["fine", "not finite", "vanished", "shrunk", "blown up", "turned round", "wrong"]
@@ -118,6 +118,7 @@ def reconstruct(
     vectors: Tensor,
     accuracy: Callable[[Tensor], Tensor] | None = None,
     condition: Callable[[Tensor], Tensor] | None = None,
+    halo: Halo | None = None,
 ) -> Reconstruction:
     """Encode and decode aligned checkpoints (n, d), and report what is lost.
 
@@ -126,8 +127,9 @@ def reconstruct(
         vectors: Checkpoints, raw.
         accuracy: Accuracies (n,) of checkpoints (n, d), if they can be measured.
         condition: Lets the batch norms of checkpoints see data, if there are any.
+        halo: Windows instead of full attention.
     """
-    after = model.decode(model.encode(vectors))
+    after = model.decode(model.encode(vectors, halo), halo)
     x, y = (model.tokens(v).flatten(1).double() for v in (vectors, after))
     error = float(((x - y).norm(dim=1) / x.norm(dim=1)).median())
     values: list[float | None] = [None, None, None]

@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from sane.config import Config, config_to_yaml, load_config
+from sane.config import Config, config_to_yaml, load_config, yaml_value
 from sane.pretraining import pretrain
 
 
@@ -45,7 +43,8 @@ def tune(config: Config, choices: Sequence[str]) -> dict[str, Any]:
             raise ValueError(
                 f"--tune {choice!r} must have the form key=value,value, for example training.gamma=0.05,0.5"
             )
-        space[key] = [yaml.safe_load(value) for value in text.split(",")]
+        values = yaml_value(f"[{text}]")
+        space[key] = [str(Path(value).absolute()) for value in values] if key in ("prepared", "zoo") else values
     common = config_to_yaml(
         dataclasses.replace(
             config,
@@ -63,7 +62,7 @@ def tune(config: Config, choices: Sequence[str]) -> dict[str, Any]:
             load_config(folder / "common.yaml", [f"{key}={value}"])
 
     def trial(chosen: dict[str, Any]) -> None:
-        name = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in chosen.items())
+        name = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in chosen.items()).replace("/", "_")
         one = load_config(
             folder / "common.yaml", [*(f"{k}={v}" for k, v in chosen.items()), f"name={name}", f"out_dir={folder}"]
         )
@@ -89,7 +88,8 @@ def tune(config: Config, choices: Sequence[str]) -> dict[str, Any]:
         if own:
             ray.shutdown()
     if len(results.errors) == len(results):
-        raise ValueError(f"every trial has failed, the first one with: {results.errors[0]}")
+        reason = str(results.errors[0]).strip().splitlines()[-1]  # of the traceback
+        raise ValueError(f"every trial has failed, the first one with: {reason}")
     found = [results[k] for k in range(len(results))]
     trials = {r.metrics["name"]: {**(r.config or {}), **r.metrics} for r in found if r.metrics}
     score = {name: row.get("loss_validation", row.get("loss", float("inf"))) for name, row in trials.items()}

@@ -19,6 +19,9 @@ _TOGETHER = 2**26
 _LARGE = 20
 """Checkpoints of so many windows are read by rows."""
 
+_PERMUTED = {"canonical": (False, False), "mixed": (False, True), "permuted": (True, True)}
+"""Which of the two views are permuted."""
+
 
 class Batch(NamedTuple):
     """Two views of the same windows."""
@@ -110,9 +113,11 @@ class WindowDataset:
         last = self.mask.shape[0] - self.window
         starts = torch.randint(last + 1, (draws,), generator=generator).expand(size)
         index = starts[:, None] + torch.arange(self.window)
+        orders = [self._orders(size, generator) if move else None for move in _PERMUTED[self.views.views]]
         step_size = max(1, _TOGETHER // self.prepared.tokenizer.layout.size)
+        places = [slice(i, i + step_size) for i in range(0, size, step_size)]
         parts = [
-            self._cut(chosen[i : i + step_size], index[i : i + step_size], generator) for i in range(0, size, step_size)
+            self._cut(chosen[at], index[at], [o if o is None else [p[at] for p in o] for o in orders]) for at in places
         ]
         first, second = (torch.cat(part) for part in zip(*parts, strict=True))
         mask = self.mask[index]
@@ -123,8 +128,8 @@ class WindowDataset:
             noisy = [Erase()(view, generator, shared=self.views.shared) for view in noisy]
         return Batch(torch.cat(noisy), torch.cat([first, second]), mask, self.positions[index])
 
-    def _cut(self, chosen: np.ndarray, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Both views of some windows, without noise."""
+    def _cut(self, chosen: np.ndarray, index: Tensor, orders: list[list[Tensor] | None]) -> tuple[Tensor, Tensor]:
+        """Both views of some windows, without noise; ``orders`` permute each view, or None."""
         whole = None if self.by_rows else self.prepared.vectors(self.split, chosen)
 
         def cut(orders: list[Tensor] | None) -> Tensor:
@@ -134,10 +139,9 @@ class WindowDataset:
             tokens = self.prepared.tokens(vectors)
             return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
 
-        permuted = {"canonical": (False, False), "mixed": (False, True), "permuted": (True, True)}[self.views.views]
-        if not any(permuted):
+        if orders == [None, None]:
             return (cut(None),) * 2
-        first, second = (cut(self._orders(len(chosen), generator) if move else None) for move in permuted)
+        first, second = map(cut, orders)
         return first, second
 
     def _orders(self, n: int, generator: torch.Generator) -> list[Tensor]:

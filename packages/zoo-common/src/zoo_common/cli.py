@@ -68,6 +68,10 @@ class ConvertConfig:
     """Task of the runs; gives names and shapes to the tensors of a G.pt dataset other than the three published ones."""
     epochs: tuple[int, ...] = ()
     """Which checkpoints of trial folders to read; default: all."""
+    checkpoint_index_step: int = 1
+    """Epochs between two numbers of checkpoint folders of trials, where they are counted 0, 1, 2, ... (by newer Ray)."""
+    checkpoint_index_offset: int = 0
+    """Epoch of checkpoint folder 0 of trials."""
     steps_per_epoch: int | None = None
     """Iterations in an epoch of a G.pt dataset (MNIST 468, CIFAR-10 390); without it, epoch 3 begins at step 300000."""
     verify_done: bool = False

@@ -25,7 +25,10 @@ def read_document(path: Path) -> dict[str, Any]:
     """
     file = path / "zoo.json"
     if not file.is_file():
-        raise FileNotFoundError(f"there is no zoo in {path} (no zoo.json): check the path, or make one there first")
+        raise FileNotFoundError(
+            f"there is no zoo in {path} (no zoo.json): check the path, or make one there first; `zoo convert` makes one "
+            "of published runs"
+        )
     document = read_json(file)
     if not isinstance(document, dict) or document.get("format") != FORMAT or "version" not in document:
         raise ValueError(f"{file} does not describe a zoo")

@@ -15,7 +15,10 @@ FORMATS = {
     "files": "state dicts: .pt, .pth, .th or .safetensors files, or folders of them",
 }
 """What can be read, and how it is recognised."""
-_OPTIONS = {"gpt": ("task", "steps_per_epoch", "verify_done"), "trials": ("epochs",)}
+_OPTIONS = {
+    "gpt": ("task", "steps_per_epoch", "verify_done"),
+    "trials": ("epochs", "checkpoint_index_step", "checkpoint_index_offset"),
+}
 _READERS = {
     "zoo": ("zoos", "ZooRuns"),
     "gpt": ("lmdb_runs", "LmdbRuns"),
@@ -54,7 +57,8 @@ def open_source(path: str | Path, kind: str = "auto", **options: Any) -> Source:
     Args:
         path: Folder.
         kind: A key of :data:`FORMATS`, or ``auto``.
-        options: ``task``, ``steps_per_epoch`` and ``verify_done`` for ``gpt``, ``epochs`` for ``trials``.
+        options: ``task``, ``steps_per_epoch`` and ``verify_done`` for ``gpt``; ``epochs``, ``checkpoint_index_step`` and
+            ``checkpoint_index_offset`` for ``trials``.
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -65,7 +69,7 @@ def open_source(path: str | Path, kind: str = "auto", **options: Any) -> Source:
     if kind not in ("auto", *FORMATS):
         raise ValueError(f"format must be one of auto, {', '.join(FORMATS)}, got {kind!r}")
     kind = detect(path) if kind == "auto" or not path.is_dir() else kind
-    given = {option: value for option, value in options.items() if value}
+    given = {option: value for option, value in options.items() if value or type(value) is int}
     if foreign := [option for option in given if option not in _OPTIONS.get(kind, ())]:
         raise ValueError(f"{path}: {foreign[0]} is not an option of the format {kind!r}")
     source = _reader(kind)(path, **given)

@@ -52,6 +52,8 @@ def convert(
     dtype: str | None = None,
     task: str | None = None,
     epochs: Sequence[int] = (),
+    checkpoint_index_step: int = 1,
+    checkpoint_index_offset: int = 0,
     steps_per_epoch: int | None = None,
     verify_done: bool = False,
     skip_other_layouts: bool = False,
@@ -71,6 +73,8 @@ def convert(
         dtype: How a zoo stores parameters; default: as the source does.
         task: Name of the task. G.pt's format has no names and shapes of tensors: they are those of its network.
         epochs: Which checkpoints of trial folders to read; default: all.
+        checkpoint_index_step: Epochs between two numbers of checkpoint folders of trials, see :class:`TrialRuns`.
+        checkpoint_index_offset: Epoch of their folder 0.
         steps_per_epoch: Iterations in an epoch of a G.pt dataset, see :class:`LmdbRuns`.
         verify_done: Pass over folders of a G.pt dataset without ``DONE.txt``.
         skip_other_layouts: Pass over runs of another layout than the first one's.
@@ -88,7 +92,9 @@ def convert(
         raise ValueError(f"the number of runs must be at least 1, got {limit_runs}")
     _check_target(source, target, target_format, dtype)
     kind = detect(source) if source_format == "auto" else source_format
-    options = {"epochs": tuple(epochs), "steps_per_epoch": steps_per_epoch, "verify_done": verify_done}
+    numbers = {"checkpoint_index_step": checkpoint_index_step, "checkpoint_index_offset": checkpoint_index_offset}
+    numbers = {} if [*numbers.values()] == [1, 0] else numbers
+    options = {"epochs": tuple(epochs), **numbers, "steps_per_epoch": steps_per_epoch, "verify_done": verify_done}
     with closing(open_source(source, kind, **options, **({"task": task} if kind == "gpt" else {}))) as runs:
         writer = _writer(runs, target, target_format, task, dtype)
         runs.scratch = target

@@ -40,11 +40,28 @@ class TrialRuns(StateDictRuns):
     Args:
         path: Folder of the trial folders.
         epochs: Which checkpoints to read; default: all there are.
+        checkpoint_index_step: Epochs between two numbers of checkpoint folders, where they are counted (by newer Ray).
+        checkpoint_index_offset: Epoch of folder 0.
+
+    Raises:
+        ValueError: ``checkpoint_index_step`` below 1 or ``checkpoint_index_offset`` below 0.
     """
 
-    def __init__(self, path: Path, epochs: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        epochs: Sequence[int] = (),
+        checkpoint_index_step: int = 1,
+        checkpoint_index_offset: int = 0,
+    ) -> None:
         super().__init__(path)
         self._epochs = sorted(set(epochs))
+        self._step, self._offset = checkpoint_index_step, checkpoint_index_offset
+        if self._step < 1 or self._offset < 0:
+            raise ValueError(
+                "checkpoint_index_step must be at least 1 and checkpoint_index_offset not negative, got "
+                f"{self._step} and {self._offset}"
+            )
         self._trials = named((folder.name, folder) for folder in folders(path))
         self.run_ids = tuple(self._trials)
 
@@ -54,10 +71,16 @@ class TrialRuns(StateDictRuns):
         there: dict[int, Path] = {}
         for folder in folders(trial):
             match = re.fullmatch(r"checkpoint_(\d{1,18})", folder.name)
-            if match and (int(match[1]) not in there or match[1] == str(int(match[1]))):
-                there[int(match[1])] = folder
+            epoch = self._offset + self._step * int(match[1]) if match else -1
+            if match and (epoch not in there or match[1] == str(int(match[1]))):
+                there[epoch] = folder
         wanted = self._epochs or sorted(there)
-        return [(epoch, there.get(epoch, trial / f"checkpoint_{epoch:06d}") / "checkpoints") for epoch in wanted]
+        return [(epoch, there.get(epoch, trial / self._name(epoch)) / "checkpoints") for epoch in wanted]
+
+    def _name(self, epoch: int) -> str:
+        """Name of a folder that is missing; of an epoch between two folders it is none that can be there."""
+        number, rest = divmod(epoch - self._offset, self._step)
+        return f"checkpoint_{number:06d}" + (f".{rest}" if rest else "")
 
     def facts(self, run_id: str, epochs: list[int]) -> tuple[list[int], Mapping[str, Numbers], dict[str, object]]:
         """Metrics of the epochs read, and the config."""
