@@ -121,7 +121,10 @@ def test_the_commands_from_a_zoo_to_samples(workshop, tmp_path, capsys):
     assert best["networks"] == 2 and len(best["rounds"]) == 2
 
     tuned = said(capsys, "finetune", new, "--epochs", 1, "--train-images", 64, "-o", tmp_path / "tuned.safetensors")
+    each = torch.tensor(tuned.pop("test_acc_each"))  # (epochs + 1, networks)
+    assert each.shape == torch.tensor(tuned.pop("validation_acc_each")).shape == (2, 2)
     assert tuned.keys() == {"zero-shot", "after epoch 1", "ensemble"}
+    assert each.mean(1)[1].item() == pytest.approx(tuned["after epoch 1"]["test_acc_mean"])
     said(capsys, "finetune", new, "--epochs", 1, "--train-images", 64, "--reset-classifier", 12)
     said(capsys, "align", workshop / "zoo", tmp_path / "aligned")
     assert "not made by this command" in error(capsys, "align", workshop / "zoo", tmp_path / "aligned", "--each")
@@ -170,6 +173,7 @@ def test_problems_are_one_line_with_a_remedy(workshop, tmp_path, capsys):
         "--num must be at least 1": ["diagnose", small, data, "--num", 0],
         "--batch must be at least 1": ["finetune", data, "--batch", 0],
         "holds no networks: give a file of `sane sample`": ["finetune", small / "model.safetensors"],
+        "is a folder: give a file of `sane sample`": ["finetune", small],
         "is the zoo itself": ["align", zoo, zoo],
         "draws must be at least 10": ["sample", small, data, "--anchors", 2, "--strategy", "subsampled", "--draws", 3, "-o", tmp_path / "x.safetensors"],
         "device must be auto, cpu or cuda": ["pretrain", "small", "device=tpu"],

@@ -174,6 +174,7 @@ def test_ctrl_c_and_the_time_limit_keep_what_is_done(tmp_path):
         (["MLP", "optim::lrr=1"], "unknown hyper-parameter 'optim::lrr'; did you mean 'optim::lr'?"),
         (["MLP", "optim::lr"], "'optim::lr': give hyper-parameters as KEY=VALUE"),
         (["MLP", "optim::lr=fast"], "optim::lr: expected numbers of at least 0, got 'fast'"),
+        (["MLP", "optim::lr=true"], "optim::lr: expected numbers of at least 0, got True"),
         (["MLP", "optim::lr=-1"], "optim::lr: expected numbers of at least 0, got -1"),
         (["MLP", "optim::optimizer=lamb"], "optim::optimizer 'lamb' is unknown; use one of adam, sgd, rms_prop"),
         (["MLP", "optim::scheduler=cosine"], "optim::scheduler 'cosine' is unknown"),

@@ -200,3 +200,13 @@ def test_a_zoo_of_an_unknown_network_can_be_prepared_without_alignment(tmp_path)
 def test_bad_settings_are_named(options, match):
     with pytest.raises(ValueError, match=match):
         PrepareConfig(**options)
+
+
+def test_blocks_of_few_checkpoints_are_spread_over_the_split(zoo):
+    prepared = prepare(zoo, PrepareConfig())
+    count = len(prepared.samples["train"].runs)
+    ((places, vectors),) = prepared.blocks("train", 3)
+    assert places.tolist() == [0, (count - 1) // 2, count - 1]
+    assert torch.equal(vectors, prepared.vectors("train", places))
+    ((places, _),) = prepared.blocks("train")
+    assert places.tolist() == list(range(count))

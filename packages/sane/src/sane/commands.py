@@ -435,6 +435,8 @@ def finetune(command: FinetuneCommand) -> None:
     _check_least(0, epochs=command.epochs)
     if command.out is not None:
         _check_folder(command.out)
+    if command.networks.is_dir():
+        raise ValueError(f"{command.networks} is a folder: give a file of `sane sample`")
     content = load_checkpoint(command.networks)
     if not content.metadata.keys() & {"task", "network"}:
         raise ValueError(f"{command.networks} holds no networks: give a file of `sane sample`")
@@ -476,7 +478,8 @@ def finetune(command: FinetuneCommand) -> None:
         }
         for k in range(command.epochs + 1)
     }
-    show(report | {"ensemble": ensemble}, command.json)
+    each = {f"{part}_acc_each": table.tolist() for part, table in accuracies.items()} if command.json else {}
+    show(report | {"ensemble": ensemble} | each, command.json)
 
 
 def reset_classifier(

@@ -243,7 +243,7 @@ def _check(plan: ZooPlan, runs: int, chunk: int) -> None:
         raise ValueError(f"save: expected rising epochs from 0 to {plan.epochs}, got {list(saved)}")
     known = {*DEFAULTS, "model::h_dim", "model::use_bias"}
     for key, values in plan.settings.items():
-        if key in _NUMBERS and not all(isinstance(v, _NUMBERS[key]) and v >= 0 for v in values):
+        if key in _NUMBERS and not all(type(v) is not bool and isinstance(v, _NUMBERS[key]) and v >= 0 for v in values):
             raise ValueError(f"{key}: expected numbers of at least 0, got {', '.join(map(repr, values))}")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
