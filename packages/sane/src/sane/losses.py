@@ -114,7 +114,9 @@ class Objective:
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
 
-    def __call__(self, z_i: Tensor, z_j: Tensor, y: Tensor, target: Tensor, mask: Tensor, parts: int = 1) -> Terms:
+    def __call__(
+        self, z_i: Tensor, z_j: Tensor, y: Tensor, target: Tensor, mask: Tensor, scale: float | Tensor = 1.0
+    ) -> Terms:
         """The loss.
 
         Args:
@@ -123,7 +125,7 @@ class Objective:
             y: Reconstructed tokens (2b, w, i), first views first.
             target: What they should be.
             mask: Where weights are.
-            parts: Equal parts of a batch, whose losses are averaged and of which this is one.
+            scale: Factor of the reconstruction, where this is a part of a batch.
         """
         zero = y.new_zeros(())
         contrast = self._contrast(z_i, z_j) if self.gamma > 1e-10 else zero
@@ -137,7 +139,7 @@ class Objective:
                 mask_normalize=self.mask_normalize,
                 normalization=self.normalization,
             )
-            recon = recon * parts if self.reduction == "sum" else recon
+            recon = recon * scale
             rsq = explained_variance(y, target, mask)
         z_var, z_norm = z_i.var(0).mean(), z_i.norm(dim=1).mean()  # of the first views, as published
         loss = self.gamma * contrast + (1 - self.gamma) * recon

@@ -240,7 +240,8 @@ class Pretraining:
         torch.manual_seed(int(dropout[0]) >> 1)
         self.optimizer.zero_grad(set_to_none=True)
         for k in range(t.accumulate):
-            terms = self.terms(_part(batch, k * self.world + self.rank, parts), parts, self.world > 1)
+            part = _part(batch, k * self.world + self.rank, parts)
+            terms = self.terms(part, self.scale(part, batch, parts), self.world > 1)
             self.scaler.scale(terms.loss / t.accumulate).backward()
             self.sums += (
                 torch.stack([*(x.detach().double() for x in terms), torch.ones_like(self.sums[0])]) / t.accumulate
@@ -257,12 +258,18 @@ class Pretraining:
         if self.schedule is not None and self.step < self.steps:
             self.schedule.step()
 
-    def terms(self, batch: Batch, parts: int = 1, gather: bool = False) -> Terms:
+    def scale(self, part: Batch, batch: Batch, parts: int) -> float | Tensor:
+        """Factor of a part's reconstruction with which the mean over the parts is that of the whole batch."""
+        if self.config.training.reduction == "sum":
+            return parts
+        return parts * part.mask.sum() / batch.mask.sum() if self.config.training.mask_normalize else 1.0
+
+    def terms(self, batch: Batch, scale: float | Tensor = 1.0, gather: bool = False) -> Terms:
         """The loss of a batch: both views go through the model together.
 
         Args:
             batch: Of this process.
-            parts: How many such batches make one step.
+            scale: Factor of the reconstruction, see :meth:`scale`.
             gather: Contrast the windows of all processes, as one process with the whole batch would.
         """
         t = self.config.training
@@ -274,7 +281,7 @@ class Pretraining:
         if gather:
             z_i, z_j = (_of_all(z) for z in (z_i, z_j))
         target = views if t.target == "noised" else batch.clean.to(self.device)
-        return self.objective(z_i, z_j, y.float(), target, mask.repeat(2, 1, 1), parts)
+        return self.objective(z_i, z_j, y.float(), target, mask.repeat(2, 1, 1), scale)
 
     @torch.no_grad()
     def judge(self, log: Path, quiet: bool = True) -> None:
