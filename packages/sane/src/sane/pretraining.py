@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +184,9 @@ class Pretraining:
             t.z_var_penalty,
             t.z_norm_penalty,
         )
+        self.cutter = ThreadPoolExecutor(1)
+        self.ahead: dict[int, Future[Batch]] = {}
+        """Step -> its batch, which is being cut."""
         self.callbacks: Sequence[Callback] = ()
         self.sink: Sink = lambda line: None
         self.step = 0
@@ -231,11 +235,19 @@ class Pretraining:
         stopped = interrupted() and self.step < self.steps
         return TrainReport(folder, self.step, self.steps, self.last_loss, time.monotonic() - began, stopped)
 
+    def batch(self) -> Batch:
+        """The batch of this step; where a GPU computes, the CPU cuts that of the next step meanwhile."""
+        size, ahead = self.config.training.batch, self.ahead.pop(self.step, None)
+        batch = self.data.batch(size, self.step) if ahead is None else ahead.result()
+        if self.device.type != "cpu" and self.step + 1 < self.steps:
+            self.ahead = {self.step + 1: self.cutter.submit(self.data.batch, size, self.step + 1)}
+        return batch
+
     def advance(self) -> None:
         """One optimizer step, a function of the state and of the step number."""
         t = self.config.training
         parts = t.accumulate * self.world
-        batch = self.data.batch(t.batch, self.step)
+        batch = self.batch()
         dropout = np.random.SeedSequence([self.config.seed, 2, self.step, self.rank]).generate_state(1, np.uint64)
         torch.manual_seed(int(dropout[0]) >> 1)
         self.optimizer.zero_grad(set_to_none=True)

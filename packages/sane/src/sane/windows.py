@@ -16,8 +16,8 @@ from sane.preparation import Prepared
 
 _TOGETHER = 2**26
 """Numbers of weights from which the windows of a batch are cut at once."""
-_LARGE = 20
-"""Checkpoints of so many windows are read by rows."""
+_LARGE = 2**17
+"""Numbers of a checkpoint from which on windows of at most half of them are read by rows."""
 
 _PERMUTED = {"canonical": (False, False), "mixed": (False, True), "permuted": (True, True)}
 """Which of the two views are permuted."""
@@ -84,8 +84,9 @@ class WindowDataset:
             raise ValueError(f"the {split} split has no checkpoints: prepare the zoo with other fractions")
         self.prepared, self.split, self.window, self.seed = prepared, split, window, seed
         self.views, self.supersample = views or ViewConfig(), supersample
-        small = window * prepared.tokenizer.token_size < prepared.tokenizer.layout.size / _LARGE
-        self.by_rows = small and prepared.normalization.mode != "l2_ind"
+        size = prepared.tokenizer.layout.size
+        small = 2 * window * prepared.tokenizer.token_size <= size
+        self.by_rows = size >= _LARGE and small and prepared.normalization.mode != "l2_ind"
         """Whether only the rows that a window shows are read; else whole checkpoints, which is faster for small ones."""
         self.mask, self.positions = prepared.tokenizer.mask, prepared.tokenizer.positions
 
