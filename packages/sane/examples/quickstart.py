@@ -28,6 +28,7 @@ from sane import (
     train_zoo,
 )
 from sane.commands import labelled_split
+from sane.features import layer_axes
 from sane.images import images_of
 from sane.preparation import facts_of, network_of
 from zoo_common.zoo import Zoo
@@ -93,8 +94,10 @@ def main(sizes: Sizes) -> dict[str, float]:
     print(f"embeddings by windows: cosine {model.compare(vectors, Halo(8, 4)):.4f} to full attention")
 
     # 6. Accuracy and epoch from the embeddings, beside layer statistics.
+    axes = layer_axes((model.encode(block) for _, block in prepared.blocks("train")), prepared.tokenizer)
     groups = [
-        labelled_split(model, prepared, s, ("test_acc", "epoch"), ("layer statistics",)) for s in prepared.samples
+        labelled_split(model, prepared, split, ("test_acc", "epoch"), ("layer statistics",), axes=axes)
+        for split in prepared.samples
     ]
     scores = PropertyPredictor(groups[0], groups[1]).judge(groups[2])
     for score in scores:
