@@ -91,6 +91,7 @@ def test_callbacks_and_weights_and_biases_take_part_in_the_log(workshop, tmp_pat
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     with pytest.raises(ImportError, match="wandb=mine needs Weights & Biases: pip install"):
         pretrain(dataclasses.replace(tiny, name="other"), quiet=True)
+    assert not (tmp_path / "other").exists()
 
 
 def test_dropout_is_a_function_of_the_seed(workshop, tmp_path):

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from sane.config import Config
@@ -13,21 +13,24 @@ Sink = Callable[[Mapping[str, Any]], None]
 """Takes one line of the log."""
 
 
-@contextmanager
-def open_logger(config: Config) -> Iterator[Sink]:
+def open_logger(config: Config) -> AbstractContextManager[Sink]:
     """What takes the lines: a run of the project ``config.wandb``, or nothing; a resumed training goes on with its run.
 
     Raises:
         ImportError: The extra ``wandb`` is missing.
     """
     if config.wandb is None:
-        yield lambda line: None
-        return
+        return nullcontext(lambda line: None)
     try:
         import wandb
     except ImportError as error:
         raise ImportError(f'wandb={config.wandb} needs Weights & Biases: pip install "sane[wandb]"') from error
-    run: Any = wandb.init(
+    return _run(wandb.init, config)
+
+
+@contextmanager
+def _run(init: Callable[..., Any], config: Config) -> Iterator[Sink]:
+    run = init(
         project=config.wandb,
         name=config.name,
         dir=os.fspath(config.folder),

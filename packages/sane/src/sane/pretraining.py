@@ -105,12 +105,13 @@ def pretrain(
         going_on = resume and state.exists()
         if config.start is not None and not going_on:
             _begin_with(run.model, config.start)
+        logger = open_logger(config) if run.first else nullcontext(run.sink)
         if run.first:
             open_folder(config, resume)
         run.wait()
         if going_on:
             run.load(state)
-        with open_logger(config) if run.first else nullcontext(run.sink) as run.sink:
+        with logger as run.sink:
             report = run.loop(folder, limit_seconds, quiet or not run.first)
         if report.finished and run.first:
             run.saned().save(folder / "model.safetensors")
