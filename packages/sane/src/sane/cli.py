@@ -360,8 +360,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "diagnose": (DiagnoseCommand, _later("diagnose")),
         "embed": (EmbedCommand, _later("embed")),
         "predict": (PredictCommand, _later("predict")),
-        "sample": (SampleCommand, _later("sample")),
-        "finetune": (FinetuneCommand, _later("finetune")),
+        "sample": (SampleCommand, _later("sample", "sampling_commands")),
+        "finetune": (FinetuneCommand, _later("finetune", "sampling_commands")),
     }
     return run_command("sane", DESCRIPTION, commands, arguments)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from zoo_common.checkpoint import load_checkpoint, save_checkpoint
+from zoo_common.checkpoint import save_checkpoint
 from zoo_common.datasets import Splits
 from zoo_common.files import write_json
 from zoo_common.zoo import Run, Zoo
@@ -23,25 +23,22 @@ from sane.cli import (
     AlignCommand,
     DiagnoseCommand,
     EmbedCommand,
-    FinetuneCommand,
     PredictCommand,
     PreprocessCommand,
     PretrainCommand,
     SampleCommand,
 )
-from sane.comparison import compare_groups, nearest_members, novelty_report, rival_groups
 from sane.config import config_to_yaml, load_config
 from sane.device import choose_device
 from sane.features import BASELINES, by_layer, layer_axes
 from sane.images import first_images, images_of
 from sane.model import Halo, SaneModel, load_model
-from sane.population import FineTuning, Networks, image_batches
+from sane.population import Networks, image_batches
 from sane.prediction import Labelled, PropertyPredictor, Score
-from sane.preparation import PrepareConfig, Prepared, known_network, network_of, open_prepared, prepare, symmetry_of
+from sane.preparation import PrepareConfig, Prepared, network_of, open_prepared, prepare
 from sane.progress import progress_bars
 from sane.properties import DEFAULTS
 from sane.reconstruction import reconstruct
-from sane.sampling import KernelDensity, Sampler
 
 _AXES = 512
 """Training checkpoints, at most, from which axes of the latents are taken."""
@@ -67,7 +64,7 @@ def preprocess(command: PreprocessCommand) -> None:
         min_quantile=command.min_accuracy_quantile,
         legacy_double_bn=command.legacy_double_bn,
     )
-    _check_folder(command.out)
+    check_folder(command.out)
     prepared = prepare(command.zoo, config, quiet=command.json)
     prepared.save(command.out)
     show(
@@ -156,9 +153,9 @@ def pretrain(command: PretrainCommand) -> int:
 
 def diagnose(command: DiagnoseCommand) -> None:
     """Reconstruct checkpoints and say which layers are lost."""
-    _check_least(1, num=command.num, judge_images=command.judge_images)
-    _check_least(0, condition=command.condition)
-    model, prepared = _model_and_zoo(command.model, command.prepared, command.device)
+    check_least(1, num=command.num, judge_images=command.judge_images)
+    check_least(0, condition=command.condition)
+    model, prepared = model_and_zoo(command.model, command.prepared, command.device)
     count = len(prepared.samples[command.split].runs)
     rows = np.unique(np.linspace(0, max(count - 1, 0), min(command.num, count)).astype(np.int64))
     if not len(rows):
@@ -167,12 +164,12 @@ def diagnose(command: DiagnoseCommand) -> None:
     condition: Callable[[Tensor], Tensor] | None = None
     note = "none"
     try:
-        networks, splits = _networks_and_images(prepared, command)
+        networks, splits = networks_and_images(prepared, command)
         accuracy = lambda vectors: networks.accuracy(vectors, first_images(splits.validation, command.judge_images))
-        condition = _conditioning(networks, splits, command.condition, 0)
+        condition = conditioning(networks, splits, command.condition, 0)
     except (FileNotFoundError, ValueError) as error:
         note = f"no accuracies: {error}"
-    found = reconstruct(model, prepared.vectors(command.split, rows), accuracy, condition, _halo(command.halo))
+    found = reconstruct(model, prepared.vectors(command.split, rows), accuracy, condition, halo_of(command.halo))
     warning = None
     if not found.relative_error < _LOST:
         warning = (
@@ -180,9 +177,9 @@ def diagnose(command: DiagnoseCommand) -> None:
         )
     if command.json:
         faulty = [report.layer for report in found.faulty]
-        print(json.dumps(_finite({**dataclasses.asdict(found), "faulty": faulty, "note": note, "warning": warning})))
+        print(json.dumps(finite({**dataclasses.asdict(found), "faulty": faulty, "note": note, "warning": warning})))
         return
-    _table(
+    print_table(
         ["layer", "error", "norm ratio", "cosine", "accuracy alone", "finding"],
         [[r.layer, r.relative_error, r.norm_ratio, r.cosine, r.accuracy, r.finding] for r in found.layers],
     )
@@ -201,10 +198,10 @@ def diagnose(command: DiagnoseCommand) -> None:
 
 def embed(command: EmbedCommand) -> None:
     """Embed networks and write the embeddings."""
-    _check_folder(command.out)
+    check_folder(command.out)
     model = load_model(command.model, choose_device(command.device))
     with progress_bars(False):  # it has its own
-        found = embedding.embed(model, command.source, halo=_halo(command.halo), quiet=command.json)
+        found = embedding.embed(model, command.source, halo=halo_of(command.halo), quiet=command.json)
     facts = {"runs": found.runs, "steps": found.steps, "method": found.method, "cosine": found.cosine}
     save_checkpoint(command.out, {"embeddings": found.vectors}, facts)
     summary: dict[str, Any] = {
@@ -218,13 +215,13 @@ def embed(command: EmbedCommand) -> None:
 
 def predict(command: PredictCommand) -> None:
     """Predict properties and compare with baselines."""
-    _check_least(1, resamples=command.resamples)
+    check_least(1, resamples=command.resamples)
     if unknown := [name for name in command.baselines if name not in BASELINES]:
         raise ValueError(f"baseline {unknown[0]!r} is unknown; there are {', '.join(BASELINES)}")
     if command.out is not None:
-        _check_folder(command.out)
-    model, prepared = _model_and_zoo(command.model, command.prepared, command.device)
-    halo = _halo(command.halo)
+        check_folder(command.out)
+    model, prepared = model_and_zoo(command.model, command.prepared, command.device)
+    halo = halo_of(command.halo)
     blocks = prepared.blocks("train", _AXES)
     axes = layer_axes((model.encode(vectors, halo) for _, vectors in blocks), prepared.tokenizer)
 
@@ -240,11 +237,11 @@ def predict(command: PredictCommand) -> None:
     cosine = model.compare(prepared.vectors("test", slice(0, 4)), halo) if halo is not None else None
     report = {"scores": [dataclasses.asdict(score) for score in scores], "cosine to full attention": cosine}
     if command.out is not None:
-        write_json(command.out, _finite(report))
+        write_json(command.out, finite(report))
     if command.json:
-        print(json.dumps(_finite(report)))
+        print(json.dumps(finite(report)))
         return
-    _table(
+    print_table(
         [
             "property",
             "features",
@@ -298,213 +295,8 @@ def labelled_split(
     return Labelled({name: torch.cat(found) for name, found in parts.items()}, values, runs)
 
 
-def sample(command: SampleCommand) -> None:
-    """Sample networks, and compare them with what costs nothing."""
-    counts = {name: getattr(command, name) for name in ("num", "anchors", "train_images", "judge_images")}
-    _check_least(1, **counts)
-    _check_least(0, epochs=command.epochs, condition=command.condition)
-    for path in (command.out, command.report):
-        if path is not None:
-            _check_folder(path)
-    model, prepared = _model_and_zoo(command.model, command.prepared, command.device)
-    normed = command.condition > 0 and any(n.endswith("running_var") for n in prepared.tokenizer.layout.names)
-    judged = command.strategy != "plain" or not command.no_compare or command.choose == "best" or normed
-    networks, splits = _networks_and_images(prepared, command) if judged else (None, None)
-    if splits is not None:
-        parts = (first_images(part, command.judge_images) for part in (splits.validation, splits.test))
-        splits = Splits(splits.train, *parts)
-    anchors, scores = _anchors(prepared, command, networks, splits)
-    repair = _conditioning(networks, splits, command.condition, command.seed) if networks and splits else None
-    halo = _halo(command.halo)
-    density = KernelDensity(command.mode, command.bandwidth, command.shared_noise, command.relative)
-    sampler = Sampler(model, model.encode(anchors, halo), density, halo, repair)
-
-    def score(vectors: Tensor) -> Tensor:
-        assert networks is not None and splits is not None, "judged says so"
-        return networks.accuracy(vectors, splits.validation)
-
-    if command.strategy == "plain":
-        found = sampler.plain(command.num, command.seed)
-    elif command.strategy == "subsampled":
-        found = sampler.subsampled(command.num, score, draws=command.draws, seed=command.seed)
-    else:
-        found = sampler.bootstrapped(
-            command.num, score, draws=command.draws, keep=command.keep, iterations=command.iterations, seed=command.seed
-        )
-    facts = {**model.facts, "strategy": command.strategy, "mode": command.mode, "seed": command.seed}
-    save_checkpoint(command.out, prepared.tokenizer.layout.unflatten(found.vectors), facts)
-    report: dict[str, Any] = {"file": str(command.out), "networks": len(found.vectors)}
-    if found.rounds:
-        report["rounds"] = [r._asdict() for r in found.rounds]
-    if not command.no_compare and networks is not None and splits is not None:
-        report |= _judged(found.vectors, anchors, scores, prepared, networks, splits, command)
-    if command.report is not None:
-        write_json(command.report, _finite(report))
-    if command.json:
-        print(json.dumps(_finite(report)))
-        return
-    if "groups" in report:
-        rows = [
-            [g[key] for key in ("name", "networks", "zero_shot", "zero_shot_std", "best")] for g in report["groups"]
-        ]
-        tuned = [
-            [g["finetuned"][-1] if g["finetuned"] else None, g["best_finetuned"], g["ensemble"]]
-            for g in report["groups"]
-        ]
-        head = [
-            "test accuracy",
-            "networks",
-            "zero-shot",
-            "std",
-            "best",
-            f"after {command.epochs} epoch{'s' if command.epochs > 1 else ''}",
-            "best",
-            "ensemble",
-        ]
-        _table(head, [[*a, *b] for a, b in zip(rows, tuned, strict=True)])
-    show({key: value for key, value in report.items() if key not in ("groups", "rounds")}, False)
-
-
-def _anchors(
-    prepared: Prepared, command: SampleCommand, networks: Networks | None, splits: Splits | None
-) -> tuple[Tensor, Tensor]:
-    """Last checkpoints (a, d) of some training runs, and their validation accuracies (a,)."""
-    samples = prepared.samples["train"]
-    _, behind = np.unique(samples.runs[::-1], return_index=True)
-    last = np.sort(len(samples.runs) - 1 - behind)
-    if command.anchors > len(last):
-        raise ValueError(f"--anchors ({command.anchors}) is more than the {len(last)} training runs")
-    if command.choose == "random":
-        last = np.random.default_rng(command.seed).permutation(last)
-    if command.choose != "best":
-        last = last[: command.anchors]
-    vectors = prepared.vectors("train", last)
-    if networks is None or splits is None:
-        return vectors, torch.zeros(len(vectors))
-    scores = networks.accuracy(vectors, splits.validation)
-    best = scores.argsort(descending=True)[: command.anchors]
-    return vectors[best], scores[best]
-
-
-def _judged(
-    vectors: Tensor,
-    anchors: Tensor,
-    scores: Tensor,
-    prepared: Prepared,
-    networks: Networks,
-    splits: Splits,
-    command: SampleCommand,
-) -> dict[str, Any]:
-    """Accuracies of samples and rivals, before and after the same fine-tuning, and the novelty of the samples.
-
-    Where samples are the best of many draws, so are the noisy anchors and the random initialisations.
-    """
-    constructor, _ = network_of(prepared.zoo)
-    draws = len(vectors) if command.strategy == "plain" else command.draws
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(command.seed)
-        random = networks.layout.stack([constructor() for _ in range(draws)]).detach()
-    rivals = rival_groups(vectors, anchors, scores, prepared.tokenizer, random, command.seed, draws)
-    if networks.has_batch_norm:
-        repair = _conditioning(networks, splits, command.condition, command.seed)
-        assert repair is not None, "there are batch norms"
-        rivals = {name: group if name == "best anchor" else repair(group) for name, group in rivals.items()}
-    for name, group in rivals.items():
-        if len(group) > len(vectors):
-            rivals[name] = group[networks.accuracy(group, splits.validation).topk(len(vectors)).indices]
-    finetuning = FineTuning(epochs=command.epochs, lr=command.lr, limit=command.train_images)
-    groups = compare_groups(networks, {"sampled": vectors, **rivals}, splits, finetuning, command.seed)
-    symmetry = symmetry_of(prepared.zoo) if prepared.config.align != "none" else None
-
-    def near(queries: Tensor) -> Any:  # noqa: ANN401 (Nearest)
-        return nearest_members(queries, lambda: (block for _, block in prepared.blocks("train")), symmetry)
-
-    tests = prepared.samples["test"]
-    _, behind = np.unique(tests.runs[::-1], return_index=True)
-    held = len(tests.runs) - 1 - behind
-    unseen = near(prepared.vectors("test", held[:20])) if len(held) else None
-    return {
-        "groups": [dataclasses.asdict(group) for group in groups],
-        "novelty": dataclasses.asdict(novelty_report(near(vectors), unseen)),
-    }
-
-
-def finetune(command: FinetuneCommand) -> None:
-    """Train stacked networks on and judge them."""
-    _check_least(1, batch=command.batch, train_images=command.train_images, reset_classifier=command.reset_classifier)
-    _check_least(0, epochs=command.epochs)
-    if command.out is not None:
-        _check_folder(command.out)
-    if command.networks.is_dir():
-        raise ValueError(f"{command.networks} is a folder: give a file of `sane sample`")
-    content = load_checkpoint(command.networks)
-    if not content.metadata.keys() & {"task", "network"}:
-        raise ValueError(f"{command.networks} holds no networks: give a file of `sane sample`")
-    constructor, shape = known_network(content.metadata, str(command.networks))
-    module, state, facts = constructor(), content.state, dict(content.metadata)
-    if "classes" in facts:  # an earlier transfer
-        module, _ = reset_classifier(module, state, facts["classes"], command.seed)
-    if command.reset_classifier is not None:
-        module, state = reset_classifier(module, state, command.reset_classifier, command.seed)
-        facts["classes"] = command.reset_classifier
-    networks = Networks(module)
-    splits = images_of(facts, shape, command.data, command.data_dir, download=command.download)
-    facts |= {"data": command.data} if command.data is not None else {}
-    vectors = networks.layout.flatten(state)
-    if vectors.ndim == 1:
-        vectors = vectors[None]
-    told, there = networks.population(vectors[:1], splits.test.images[:1]).shape[-1], int(splits.train.labels.max()) + 1
-    if told < there:
-        raise ValueError(
-            f"the data have {there} classes, the networks tell {told} apart: use --reset-classifier {there}"
-        )
-    config = FineTuning(
-        command.epochs,
-        command.batch,
-        command.lr,
-        command.optimizer,
-        limit=command.train_images,
-        schedule=command.schedule,
-    )
-    vectors, accuracies = networks.finetune_judged(vectors, splits, config, seed=command.seed)
-    if command.out is not None:
-        save_checkpoint(command.out, networks.layout.unflatten(vectors), facts)
-    ensemble = networks.ensemble_accuracy(vectors, splits.test)
-    report: dict[str, Any] = {
-        f"after epoch {k}" if k else "zero-shot": {
-            f"{part}_acc_{kind}": value.item()
-            for part, table in accuracies.items()
-            for kind, value in (("mean", table[k].mean()), ("std", table[k].std(correction=0)))
-        }
-        for k in range(command.epochs + 1)
-    }
-    each = {f"{part}_acc_each": table.tolist() for part, table in accuracies.items()} if command.json else {}
-    show(report | {"ensemble": ensemble} | each, command.json)
-
-
-def reset_classifier(
-    module: torch.nn.Module, state: Mapping[str, Tensor], classes: int, seed: int
-) -> tuple[torch.nn.Module, dict[str, Tensor]]:
-    """A network with another number of classes, and stacked weights with the last layer initialised as torch does.
-
-    Raises:
-        ValueError: The network does not end with a dense layer.
-    """
-    found = [(name, part) for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)]
-    if not found or list(module.state_dict())[-1].rpartition(".")[0] != found[-1][0]:
-        raise ValueError("the network does not end with a dense layer: its classifier cannot be replaced")
-    name, last = found[-1]
-    parent, _, child = name.rpartition(".")
-    count = next(iter(state.values())).shape[0]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        heads = [torch.nn.Linear(last.in_features, classes, last.bias is not None) for _ in range(count)]
-    setattr(module.get_submodule(parent), child, heads[0])
-    fresh = {f"{name}.{key}": torch.stack([head.state_dict()[key] for head in heads]) for key in heads[0].state_dict()}
-    return module, {**state, **{key: value.detach() for key, value in fresh.items()}}
-
-
-def _model_and_zoo(model: Path, prepared: Path, device: str) -> tuple[SaneModel, Prepared]:
+def model_and_zoo(model: Path, prepared: Path, device: str) -> tuple[SaneModel, Prepared]:
+    """A model, and a prepared zoo that fits it."""
     loaded = load_model(model, choose_device(device))
     return loaded, _fitting(loaded, prepared)
 
@@ -545,7 +337,8 @@ def _fitting(model: SaneModel, path: Path, *, elsewhere: bool = False, quiet: bo
     return prepared
 
 
-def _networks_and_images(prepared: Prepared, command: DiagnoseCommand | SampleCommand) -> tuple[Networks, Splits]:
+def networks_and_images(prepared: Prepared, command: DiagnoseCommand | SampleCommand) -> tuple[Networks, Splits]:
+    """The networks of a zoo, to be computed together, and the images of its task."""
     from sane.preparation import facts_of
 
     constructor, shape = network_of(prepared.zoo)
@@ -553,24 +346,27 @@ def _networks_and_images(prepared: Prepared, command: DiagnoseCommand | SampleCo
     return Networks(constructor()), images
 
 
-def _conditioning(networks: Networks, splits: Splits, batches: int, seed: int) -> Callable[[Tensor], Tensor] | None:
+def conditioning(networks: Networks, splits: Splits, batches: int, seed: int) -> Callable[[Tensor], Tensor] | None:
     """What lets batch norms see training images; None for networks without them."""
     if not networks.has_batch_norm:
         return None
     return lambda vectors: networks.condition(vectors, image_batches(splits.train, 32, batches, seed)).vectors
 
 
-def _halo(pair: tuple[int, int] | None) -> Halo | None:
+def halo_of(pair: tuple[int, int] | None) -> Halo | None:
+    """The windows that an option asks for."""
     return None if pair is None else Halo(*pair)
 
 
-def _check_least(least: int, **values: int | None) -> None:
+def check_least(least: int, **values: int | None) -> None:
+    """Reject options below their least value."""
     for name, value in values.items():
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
-def _check_folder(path: Path) -> None:
+def check_folder(path: Path) -> None:
+    """Reject a file that cannot be written where it is asked for."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the name of a file to write")
     if not path.absolute().parent.is_dir():
@@ -592,26 +388,27 @@ def _row(score: Score, others: Sequence[str]) -> list[Any]:
     return [score.property, score.features, interval, tau, ahead, score.runs, *away]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print rows under a head, in columns."""
     text = [[f"{c:.4f}" if isinstance(c, float) else "" if c is None else str(c) for c in row] for row in rows]
     widths = [max(len(row[k]) for row in [list(head), *text]) for k in range(len(head))]
     for row in [list(head), *text]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _finite(value: Any) -> Any:  # noqa: ANN401 (a tree of JSON values)
+def finite(value: Any) -> Any:  # noqa: ANN401 (a tree of JSON values)
     """The same with null for numbers that JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _finite(below) for key, below in value.items()}
+        return {key: finite(below) for key, below in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(below) for below in value]
+        return [finite(below) for below in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(result: Mapping[str, Any], as_json: bool, indent: str = "") -> None:
     """Print a result, as one JSON object or in lines."""
     if as_json:
-        print(json.dumps(_finite(result), default=str))
+        print(json.dumps(finite(result), default=str))
         return
     for name, value in result.items():
         if isinstance(value, Mapping):

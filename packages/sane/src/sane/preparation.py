@@ -278,8 +278,8 @@ def prepare(zoo: Zoo | str | Path, config: PrepareConfig | None = None, *, quiet
             + "".join(f"; {number} {reason}" for reason, number in dropped.items())
             + ": choose other steps, a larger max_abs, more runs or split=published"
         )
-    placeholder = Normalization("none", {}, zoo.layout, tokenizer.skipped)
-    prepared = Prepared(zoo, config, tokenizer, placeholder, samples, [], _reference(zoo, samples["train"]), dropped)
+    unmeasured = Normalization("none", {}, zoo.layout, tokenizer.skipped)
+    prepared = Prepared(zoo, config, tokenizer, unmeasured, samples, [], _reference(zoo, samples["train"]), dropped)
     if config.align != "none":
         prepared.permutations = _match(prepared, quiet)
     prepared.normalization = prepared.measured("train")
