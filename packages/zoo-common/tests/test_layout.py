@@ -125,7 +125,7 @@ def test_what_is_in_the_vector_and_what_beside_it():
     batch=st.lists(st.integers(1, 3), max_size=2),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_round_trip_of_mixed_dtypes_and_batches_is_exact(shapes, dtypes, batch, seed):
     generator = torch.Generator().manual_seed(seed)
     drawn = [torch.randn((*batch, *shape), generator=generator) for shape in shapes]
