@@ -1,5 +1,6 @@
 """Windows: the same numbers as cutting whole checkpoints, drawn from the seed and the step alone."""
 
+import numpy as np
 import pytest
 import torch
 from sane.augmentation import Erase, add_noise
@@ -43,6 +44,19 @@ def test_a_batch_is_a_function_of_seed_and_step(prepared):
     first, again, other = a.batch(4, 3), b.batch(4, 3), b.batch(4, 4)
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
     assert not torch.equal(first.views, other.views)
+
+
+def test_a_process_cuts_its_own_windows_of_a_batch(prepared, monkeypatch):
+    data = windows(prepared, views="mixed", noise=(0.1, 0.1), erase=True)
+    whole, chosen, cut = data.batch(6, 1), np.array([1, 4]), []
+    vectors = prepared.vectors
+    monkeypatch.setattr(type(prepared), "vectors", lambda _, split, rows: cut.extend(rows) or vectors(split, rows))
+    part = data.batch(6, 1, chosen)
+    assert len(cut) == 2
+    for a, b in ((part.views, whole.views), (part.clean, whole.clean)):
+        assert torch.equal(a[[1, 4, 7, 10]], b[[1, 4, 7, 10]])
+        assert not a[[0, 2, 3, 5]].any()
+    assert torch.equal(part.mask, whole.mask)
 
 
 @pytest.mark.parametrize(("views", "changed"), [("canonical", 0), ("mixed", 1), ("permuted", 2)])

@@ -9,8 +9,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,9 +170,18 @@ class Pretraining:
             **{**dataclasses.asdict(sizes), "max_positions": sizes.max_positions or prepared.max_positions},
         )
         self.model = Autoencoder(shape).to(device).train()
+        if t.gamma == 1:  # nothing trains the decoder
+            for part in (self.model.decoder_comp, self.model.transformer_decoder, self.model.detokenizer):
+                part.requires_grad_(False)
         self.saned()  # checks that the tokens fit
         self.model.train()
         self.forward: nn.Module = torch.compile(self.model) if t.compile else self.model  # type: ignore[assignment]
+        self.trained = self.forward
+        """What training calls: gradients of all processes are averaged while they are computed."""
+        if world > 1:
+            self.trained = nn.parallel.DistributedDataParallel(
+                self.forward, device_ids=[device] if device.type == "cuda" else None
+            )
         self.optimizer = make_optimizer(self.model, config.optim)
         self.schedule = make_schedule(self.optimizer, config.optim, self.steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=t.precision == "fp16")
@@ -185,6 +195,9 @@ class Pretraining:
             t.z_var_penalty,
             t.z_norm_penalty,
         )
+        rows = np.arange(t.batch).reshape(t.accumulate, world, -1)[:, rank].ravel()
+        self.cut = partial(self.data.batch, t.batch, rows=rows)
+        """The batch of a step, as far as this process needs it."""
         self.cutter = ThreadPoolExecutor(1)
         self.ahead: dict[int, Future[Batch]] = {}
         """Step -> its batch, which is being cut."""
@@ -238,10 +251,10 @@ class Pretraining:
 
     def batch(self) -> Batch:
         """The batch of this step; where a GPU computes, the CPU cuts that of the next step meanwhile."""
-        size, ahead = self.config.training.batch, self.ahead.pop(self.step, None)
-        batch = self.data.batch(size, self.step) if ahead is None else ahead.result()
+        ahead = self.ahead.pop(self.step, None)
+        batch = self.cut(self.step) if ahead is None else ahead.result()
         if self.device.type != "cpu" and self.step + 1 < self.steps:
-            self.ahead = {self.step + 1: self.cutter.submit(self.data.batch, size, self.step + 1)}
+            self.ahead = {self.step + 1: self.cutter.submit(self.cut, self.step + 1)}
         return batch
 
     def advance(self) -> None:
@@ -254,15 +267,12 @@ class Pretraining:
         self.optimizer.zero_grad(set_to_none=True)
         for k in range(t.accumulate):
             part = _part(batch, k * self.world + self.rank, parts)
-            terms = self.terms(part, self.scale(part, batch, parts), self.world > 1)
-            self.scaler.scale(terms.loss / t.accumulate).backward()
+            with self.averaged(k + 1 == t.accumulate):
+                terms = self.terms(part, self.scale(part, batch, parts), training=True)
+                self.scaler.scale(terms.loss / t.accumulate).backward()
             self.sums += (
                 torch.stack([*(x.detach().double() for x in terms), torch.ones_like(self.sums[0])]) / t.accumulate
             )
-        if self.world > 1:
-            for gradient in (p.grad for p in self.model.parameters() if p.grad is not None):
-                dist.all_reduce(gradient)
-                gradient /= self.world
         self.scaler.unscale_(self.optimizer)
         clip_gradients(self.model, self.config.optim)
         self.scaler.step(self.optimizer)
@@ -271,27 +281,31 @@ class Pretraining:
         if self.schedule is not None and self.step < self.steps:
             self.schedule.step()
 
+    def averaged(self, now: bool) -> AbstractContextManager[None]:
+        """Whether gradients are averaged over the processes: in the last part of an accumulated batch only."""
+        return nullcontext() if now or self.world == 1 else self.trained.no_sync()  # type: ignore[operator]
+
     def scale(self, part: Batch, batch: Batch, parts: int) -> float | Tensor:
         """Factor of a part's reconstruction with which the mean over the parts is that of the whole batch."""
         if self.config.training.reduction == "sum":
             return parts
         return parts * part.mask.sum() / batch.mask.sum() if self.config.training.mask_normalize else 1.0
 
-    def terms(self, batch: Batch, scale: float | Tensor = 1.0, gather: bool = False) -> Terms:
+    def terms(self, batch: Batch, scale: float | Tensor = 1.0, training: bool = False) -> Terms:
         """The loss of a batch: both views go through the model together.
 
         Args:
             batch: Of this process.
             scale: Factor of the reconstruction, see :meth:`scale`.
-            gather: Contrast the windows of all processes, as one process with the whole batch would.
+            training: With all processes: the windows of all are contrasted, as one with the whole batch would.
         """
         t = self.config.training
         views, mask, positions = (x.to(self.device) for x in (batch.views, batch.mask, batch.positions))
         dtype = torch.float16 if t.precision == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype, enabled=t.precision != "fp32"):
-            _, y, projected = self.forward(views, positions.repeat(2, 1, 1))
+            _, y, projected = (self.trained if training else self.forward)(views, positions.repeat(2, 1, 1))
         z_i, z_j = projected.float().chunk(2)
-        if gather:
+        if training and self.world > 1:
             z_i, z_j = (_of_all(z) for z in (z_i, z_j))
         target = views if t.target == "noised" else batch.clean.to(self.device)
         return self.objective(z_i, z_j, y.float(), target, mask.repeat(2, 1, 1), scale)
@@ -428,6 +442,8 @@ class Pretraining:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
+        if self.world == 1:
+            return flag
         return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
 
     def wait(self) -> None:

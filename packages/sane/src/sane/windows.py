@@ -104,8 +104,14 @@ class WindowDataset:
             raise ValueError(f"batch ({size}) must be from 1 to the {len(self)} windows of an epoch")
         return len(self) // size
 
-    def batch(self, size: int, step: int) -> Batch:
-        """The batch of a step; an epoch shows every checkpoint ``supersample`` times, incomplete batches are dropped."""
+    def batch(self, size: int, step: int, rows: np.ndarray | None = None) -> Batch:
+        """The batch of a step; an epoch shows every checkpoint ``supersample`` times, incomplete batches are dropped.
+
+        Args:
+            size: b.
+            step: Counted over all epochs.
+            rows: Which windows are cut; the others are 0 (all).
+        """
         epoch, number = divmod(step, self.batches_per_epoch(size))
         order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self))
         chosen = order[number * size : (number + 1) * size] % self.count
@@ -116,11 +122,13 @@ class WindowDataset:
         index = starts[:, None] + torch.arange(self.window)
         orders = [self._orders(size, generator) if move else None for move in _PERMUTED[self.views.views]]
         step_size = max(1, _TOGETHER // self.prepared.tokenizer.layout.size)
-        places = [slice(i, i + step_size) for i in range(0, size, step_size)]
-        parts = [
-            self._cut(chosen[at], index[at], [o if o is None else [p[at] for p in o] for o in orders]) for at in places
-        ]
-        first, second = (torch.cat(part) for part in zip(*parts, strict=True))
+        wanted = np.arange(size) if rows is None else rows
+        views = torch.zeros(2, size, self.window, self.prepared.tokenizer.token_size)
+        for start in range(0, len(wanted), step_size):
+            at = wanted[start : start + step_size]
+            cut = self._cut(chosen[at], index[at], [o if o is None else [p[at] for p in o] for o in orders])
+            views[:, at] = torch.stack(cut)
+        first, second = views
         mask = self.mask[index]
         noisy = [
             add_noise(view, sigma, generator) for view, sigma in zip((first, second), self.views.noise, strict=True)
