@@ -242,7 +242,9 @@ def test_a_folder_belongs_to_one_configuration(workshop, tmp_path):
 
 def test_a_forecast_writes_nothing(workshop, tmp_path):
     found = forecast(config(workshop, tmp_path), timed_steps=1)
-    assert found.steps > 0 and found.parameters > 0 and not list(tmp_path.iterdir())
+    assert found.steps > 0 and found.parameters > 0 and found.seconds > found.judging_seconds > 0
+    assert forecast(config(workshop, tmp_path, "training.test_every=0"), timed_steps=1).judging_seconds == 0
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from sane.comparison import compare_groups, nearest_members, novelty_report, rival_groups
 from sane.networks import build_network
 from sane.population import FineTuning, Networks, image_batches
+from sane.preparation import PrepareConfig, prepare
 from sane.sampling import KernelDensity, Sampler, random_anchors
-from support.autoencoders import small_model
+from sane.sampling_commands import fresh_networks
+from support.autoencoders import small_model, zoo_of_networks
 from torch import nn
 from zoo_common import ChannelTokenizer, Symmetry
 from zoo_common.datasets import Part, Splits
@@ -225,6 +227,15 @@ def test_rivals_have_the_names_the_noise_and_the_scores_they_claim():
     alone = compare_groups(networks, {"samples": samples}, splits, config)[0]
     whole = networks.finetune(samples, splits.train, config)  # with one optimizer for all epochs
     assert alone.finetuned[1] == pytest.approx(networks.accuracy(whole, splits.test).mean().item())
+
+
+def test_random_rivals_begin_as_the_runs_of_the_zoo_do(tmp_path):
+    config = {"model::type": "CNN", "model::channels_in": 1, "model::o_dim": 10, "model::init_type": "normal"}
+    prepared = prepare(zoo_of_networks(tmp_path / "zoo", config), PrepareConfig(token_size=40))
+    first, second, *_ = fresh_networks(prepared, 3, seed=1)
+    weight, other = (net.state_dict()["module_list.9.weight"] for net in (first, second))
+    assert weight.std() == pytest.approx(1, abs=0.1) and not torch.equal(weight, other)
+    assert (first.state_dict()["module_list.9.bias"] == 0.01).all()
 
 
 def test_novelty_finds_permuted_copies():

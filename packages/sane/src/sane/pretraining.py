@@ -131,20 +131,32 @@ class Forecast:
     steps: int
     parameters: int
     seconds: float
+    """Of all steps and judgements."""
+    judging_seconds: float
+    """Of the judgements alone (``training.test_every``)."""
     state_bytes: int
     """Disk for model and training state."""
 
 
 def forecast(config: Config, timed_steps: int = 3) -> Forecast:
-    """Time a few steps without writing anything."""
+    """Time a few steps, and a judgement of a few checkpoints, without writing anything."""
     run = Pretraining(config, open_prepared(config.prepared, config.zoo), choose_device(config.device))
     run.advance()
     began = time.monotonic()
     for _ in range(timed_steps):
         run.advance()
     run.sums.tolist()
+    training = (time.monotonic() - began) / timed_steps * run.steps
+    judging = 0.0
+    if every := config.training.test_every:
+        began = time.monotonic()
+        run.validation()
+        validated = time.monotonic()
+        run.downstream(most=2)
+        embedded = (time.monotonic() - validated) * run.judged() / run.judged(2)
+        judging = (1 + -(-config.training.epochs // every)) * (validated - began + embedded)
     parameters = sum(p.numel() for p in run.model.parameters())
-    return Forecast(run.steps, parameters, (time.monotonic() - began) / timed_steps * run.steps, 16 * parameters)
+    return Forecast(run.steps, parameters, training + judging, judging, 16 * parameters)
 
 
 class Pretraining:
@@ -315,30 +327,36 @@ class Pretraining:
         """Append the loss on validation windows, and how well the embeddings predict properties."""
         if not self.first:
             return
-        t = self.config.training
         line: dict[str, Any] = {"step": self.step, "epoch": self.step / self.per_epoch}
-        self.model.eval()
-        if len(self.prepared.samples["validation"].runs):
-            data = WindowDataset(
-                self.prepared,
-                "validation",
-                window=self.config.model.window,
-                views=self.data.views,
-                seed=self.config.seed,
-            )
-            size = min(t.batch // t.accumulate // self.world, len(data))
-            if size > 1:
-                count = min(_VALIDATION_BATCHES, data.batches_per_epoch(size))
-                found = [self.terms(data.batch(size, k)) for k in range(count)]
-                means = torch.stack([torch.stack([x.double() for x in terms]) for terms in found]).mean(0).tolist()
-                line |= {f"{n}_validation": v for n, v in zip(_LOGGED, means, strict=True) if math.isfinite(v)}
-        line |= self.downstream(quiet)
+        line |= self.validation() | self.downstream(quiet)
         for callback in self.callbacks:
             line |= callback(self.saned(), self.step // self.per_epoch)
         self.model.train()
         self.write(log, line)
 
-    def downstream(self, quiet: bool = True) -> dict[str, float]:
+    @torch.no_grad()
+    def validation(self) -> dict[str, float]:
+        """Means of the loss and its parts on validation windows, as far as there are any."""
+        t = self.config.training
+        if not len(self.prepared.samples["validation"].runs):
+            return {}
+        data = WindowDataset(
+            self.prepared, "validation", window=self.config.model.window, views=self.data.views, seed=self.config.seed
+        )
+        size = min(t.batch // t.accumulate // self.world, len(data))
+        if size < 2:
+            return {}
+        self.model.eval()
+        found = [self.terms(data.batch(size, k)) for k in range(min(_VALIDATION_BATCHES, data.batches_per_epoch(size)))]
+        means = torch.stack([torch.stack([x.double() for x in terms]) for terms in found]).mean(0).tolist()
+        return {f"{n}_validation": v for n, v in zip(_LOGGED, means, strict=True) if math.isfinite(v)}
+
+    def judged(self, most: int | None = None) -> int:
+        """Number of checkpoints that a judgement embeds; ``most`` of each split instead of ``test_checkpoints``."""
+        limit = most or self.config.training.test_checkpoints
+        return sum(min(len(samples.runs), limit) for samples in self.prepared.samples.values())
+
+    def downstream(self, quiet: bool = True, most: int | None = None) -> dict[str, float]:
         """R2 on validation and test checkpoints of ridges from the mean latents, for the properties that there are."""
         model, t, window = self.saned(), self.config.training, self.config.model.window
         if not t.properties:
@@ -347,7 +365,7 @@ class Pretraining:
         index = {}
         for split, samples in self.prepared.samples.items():
             count = len(samples.runs)
-            index[split] = np.linspace(0, count - 1, min(count, t.test_checkpoints)).astype(np.int64)
+            index[split] = np.linspace(0, count - 1, min(count, most or t.test_checkpoints)).astype(np.int64)
         embedded, scores, step = {}, {}, max(1, _TOGETHER // self.prepared.zoo.layout.size)
         with tqdm(total=sum(map(len, index.values())), desc="judge", disable=quiet, leave=False, delay=1) as bar:
             for split, rows in index.items():

@@ -26,6 +26,7 @@ from sane.commands import (
 )
 from sane.comparison import compare_groups, nearest_members, novelty_report, rival_groups
 from sane.images import first_images, images_of
+from sane.networks import initialise
 from sane.population import FineTuning, Networks
 from sane.preparation import Prepared, known_network, network_of, symmetry_of
 from sane.sampling import KernelDensity, Sampler
@@ -132,11 +133,8 @@ def _judged(
 
     Where samples are the best of many draws, so are the noisy anchors and the random initialisations.
     """
-    constructor, _ = network_of(prepared.zoo)
     draws = len(vectors) if command.strategy == "plain" else command.draws
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(command.seed)
-        random = networks.layout.stack([constructor() for _ in range(draws)]).detach()
+    random = networks.layout.stack(fresh_networks(prepared, draws, command.seed)).detach()
     rivals = rival_groups(vectors, anchors, scores, prepared.tokenizer, random, command.seed, draws)
     if networks.has_batch_norm:
         repair = conditioning(networks, splits, command.condition, command.seed)
@@ -160,6 +158,18 @@ def _judged(
         "groups": [dataclasses.asdict(group) for group in groups],
         "novelty": dataclasses.asdict(novelty_report(near(vectors), unseen)),
     }
+
+
+def fresh_networks(prepared: Prepared, count: int, seed: int) -> list[torch.nn.Module]:
+    """Networks as the training runs began, as far as their configurations tell: each with the settings of one of them."""
+    constructor, _ = network_of(prepared.zoo)
+    runs = np.random.default_rng(seed).choice(prepared.samples["train"].runs, count)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        modules = [constructor() for _ in range(count)]
+        for module, run in zip(modules, runs, strict=True):
+            initialise(module, prepared.zoo.runs[int(run)].config.get("model::init_type"))
+    return modules
 
 
 def finetune(command: FinetuneCommand) -> None:
