@@ -40,9 +40,9 @@ def make_optimizer(model: nn.Module, config: OptimizationConfig) -> Optimizer:
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, fused=True)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=config.lr)
+    return kind(groups, lr=config.lr, fused=True)
 
 
 def make_schedule(optimizer: Optimizer, config: OptimizationConfig, steps: int) -> OneCycleLR | None:
