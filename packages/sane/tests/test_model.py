@@ -209,6 +209,15 @@ def test_a_planted_fault_is_found_in_its_layer(prepared, fault, layer):
     assert {r.layer: r.finding for r in reports if r.finding != "fine"} == {name: fault}
 
 
+def test_layers_of_which_nothing_comes_back_are_not_called_fine(prepared):
+    torch.manual_seed(0)
+    model = small_model_of(prepared)
+    before = prepared.vectors("train", slice(0, 6))
+    after = 0.1 * torch.randn(before.shape)
+    reports = layer_reports(before, model.normalization.denormalize(after), model)
+    assert {r.finding for r in reports} == {"lost"}
+
+
 def small_model_of(prepared):
     config = AutoencoderConfig(40, prepared.max_positions, 16, 16, 2, 1, 4)
     return SaneModel(Autoencoder(config), prepared.tokenizer, prepared.normalization, prepared.reference)

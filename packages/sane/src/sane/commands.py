@@ -38,12 +38,10 @@ from sane.prediction import Labelled, PropertyPredictor, Score
 from sane.preparation import PrepareConfig, Prepared, network_of, open_prepared, prepare
 from sane.progress import progress_bars
 from sane.properties import DEFAULTS
-from sane.reconstruction import reconstruct
+from sane.reconstruction import LOST, reconstruct
 
 _AXES = 512
 """Training checkpoints, at most, from which axes of the latents are taken."""
-_LOST = 0.9
-"""Relative error of the reconstruction from which an autoencoder has learned next to nothing."""
 
 
 def preprocess(command: PreprocessCommand) -> None:
@@ -171,7 +169,7 @@ def diagnose(command: DiagnoseCommand) -> None:
         note = f"no accuracies: {error}"
     found = reconstruct(model, prepared.vectors(command.split, rows), accuracy, condition, halo_of(command.halo))
     warning = None
-    if not found.relative_error < _LOST:
+    if not found.relative_error < LOST:
         warning = (
             f"relative error {found.relative_error:.2f}: almost nothing comes back, train longer or with more latents"
         )
@@ -414,7 +412,7 @@ def show(result: Mapping[str, Any], as_json: bool, indent: str = "") -> None:
         if isinstance(value, Mapping):
             print(f"{indent}{name}:")
             show(value, False, indent + "  ")
-        elif name == "seconds":
+        elif name.endswith("seconds"):
             print(f"{indent}{name}: {datetime.timedelta(seconds=round(value))}")
         elif value is not None:
             print(f"{indent}{name}: {f'{value:,.4f}' if isinstance(value, float) else value}")

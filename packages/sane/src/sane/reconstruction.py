@@ -14,7 +14,9 @@ from torch import Tensor
 from sane.model import Halo, SaneModel
 from sane.progress import track
 
-Finding = Literal["fine", "not finite", "vanished", "shrunk", "blown up", "turned round", "wrong"]
+Finding = Literal["fine", "not finite", "vanished", "shrunk", "blown up", "turned round", "wrong", "lost"]
+LOST = 0.9
+"""Relative error from which on almost nothing of a layer, or of a checkpoint, has come back."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class LayerReport:
     cosine: float
     """Between before and after; median over checkpoints."""
     finding: Finding
-    """What is wrong in comparison with the other layers."""
+    """What is wrong in comparison with the other layers; ``lost``: almost nothing comes back, here as elsewhere."""
     accuracy: float | None = None
     """Mean accuracy of the original networks when this layer alone is replaced by its reconstruction."""
 
@@ -43,7 +45,7 @@ def layer_reports(
     """Compare checkpoints with their reconstructions, layer by layer.
 
     A layer is faulty if it is much worse than the others: not finite, of another norm, of opposite sign, or with an error
-    of more than twice the median of all layers (and above 0.5).
+    of more than twice the median of all layers (and above 0.5); or if almost nothing of it comes back.
 
     Args:
         before: Checkpoints (n, d), raw.
@@ -91,7 +93,9 @@ def _finding(row: list[float], usual: list[float]) -> Finding:
         return "turned round"
     if ratio < 0.5 * usual[1]:
         return "shrunk"
-    return "wrong" if error > max(2 * usual[0], 0.5) else "fine"
+    if error > max(2 * usual[0], 0.5):
+        return "wrong"
+    return "lost" if error >= LOST else "fine"
 
 
 @dataclass(frozen=True)
