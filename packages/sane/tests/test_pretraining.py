@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file
 from sane.cli import main
 from sane.config import PRESETS, Config, config_to_yaml, load_config
+from sane.distributed import Processes
 from sane.preparation import PrepareConfig, open_prepared, prepare
 from sane.pretraining import Pretraining, forecast, pretrain
 from support.autoencoders import SIZES, TRAINING
 from support.elsewhere import elsewhere
 from support.reliability import assert_same_tensors
 
-CPU = torch.device("cpu")
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def config(workshop, tmp_path, *overrides):
@@ -123,7 +124,7 @@ def test_a_training_goes_on_in_another_place_but_not_with_another_preparation(wo
 
 def test_judgements_embed_long_sequences_by_windows(workshop, tmp_path, monkeypatch):
     one = config(workshop, tmp_path)
-    run = Pretraining(one, open_prepared(one.prepared), CPU)
+    run = Pretraining(one, open_prepared(one.prepared), ALONE)
     found = []
     for longest, together in ((4096, 2**24), (50, 2 * 2464)):
         monkeypatch.setattr("sane.pretraining._LONG", longest)
@@ -145,7 +146,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(workshop, tmp_path, set
         settings = [f"training.accumulate={accumulate}", f"training.{setting}", "training.gamma=0"]
         one = config(workshop, tmp_path, *settings, "optim.clipping=none", "optim.optimizer=sgd")
         torch.manual_seed(0)
-        found.append(gradients(Pretraining(one, open_prepared(one.prepared), CPU)))
+        found.append(gradients(Pretraining(one, open_prepared(one.prepared), ALONE)))
     assert (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
 
 
@@ -153,13 +154,14 @@ DISTRIBUTED = """
 import sys, torch
 from sane.config import load_config
 from sane.preparation import PrepareConfig, open_prepared, prepare
-from sane.pretraining import Pretraining, joined
-with joined(torch.device("cpu")) as (rank, world, device):
+from sane.distributed import joined
+from sane.pretraining import Pretraining
+with joined(torch.device("cpu")) as processes:
     config = load_config("small", sys.argv[2:])
     torch.manual_seed(0)
-    run = Pretraining(config, open_prepared(config.prepared), device, rank, world)
+    run = Pretraining(config, open_prepared(config.prepared), processes)
     run.advance(); run.advance()
-    if rank == 0:
+    if processes.first:
         torch.save([p.detach() for p in run.model.parameters()], sys.argv[1])
 """
 

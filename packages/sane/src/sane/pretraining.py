@@ -1,15 +1,12 @@
 """Pretraining of the autoencoder on one prepared zoo: a loop to read, copy and change."""
 
 import dataclasses
-import datetime
 import importlib.util
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,30 +14,28 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 from zoo_common.checkpoint import load_training, save_training
-from zoo_common.files import atomic_write, visible_files
 from zoo_common.interrupts import deferred_interrupt
 
 from sane.autoencoder import Autoencoder, AutoencoderConfig
-from sane.config import Config, config_to_yaml, load_config
+from sane.config import Config
 from sane.device import choose_device
+from sane.distributed import Processes, joined
 from sane.loggers import Sink, open_logger
 from sane.losses import Objective, Terms
 from sane.model import Halo, SaneModel, load_model
 from sane.optimization import clip_gradients, make_optimizer, make_schedule
 from sane.prediction import fit_ridge, r_squared
 from sane.preparation import Prepared, facts_of, open_prepared
+from sane.run_folder import append_line, open_folder, trimmed_log
 from sane.windows import Batch, ViewConfig, WindowDataset
 
 _LOGGED = ("loss", "contrast", "reconstruction", "rsq", "z_norm", "z_var")
 _VALIDATION_BATCHES = 20
 _TOGETHER = 2**24
 """Numbers of weights that a judgement embeds at once."""
-_MOVABLE = ("name", "out_dir", "prepared", "zoo", "start", "wandb")
-"""Settings that may be others when a training resumes."""
 _LONG = 4096
 """Tokens of a checkpoint from which on a judgement embeds it by windows: full attention takes a minute for a ResNet."""
 
@@ -94,33 +89,33 @@ def pretrain(
         ValueError: Zoo, configuration and saved state do not fit each other, or the loss is not finite.
     """
     with (
-        joined(choose_device(config.device)) as (rank, world, device),
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        joined(choose_device(config.device)) as processes,
+        torch.random.fork_rng(devices=[processes.device] if processes.device.type == "cuda" else []),
     ):
         prepared = open_prepared(config.prepared, config.zoo)
         torch.manual_seed(config.seed)
-        run = Pretraining(config, prepared, device, rank, world)
+        run = Pretraining(config, prepared, processes)
         run.callbacks = callbacks
         folder = config.folder
         state = folder / "state.safetensors"
         going_on = resume and state.exists()
         if config.start is not None and not going_on:
             _begin_with(run.model, config.start)
-        logger = open_logger(config) if run.first else nullcontext(run.sink)
-        if run.first:
+        logger = open_logger(config) if processes.first else nullcontext(run.sink)
+        if processes.first:
             open_folder(config, resume)
-        run.wait()
+        processes.wait()
         if going_on:
             run.load(state)
         with logger as run.sink:
-            report = run.loop(folder, limit_seconds, quiet or not run.first)
-        if report.finished and run.first:
+            report = run.loop(folder, limit_seconds, quiet or not processes.first)
+        if report.finished and processes.first:
             run.saned().save(folder / "model.safetensors")
-        if run.first and importlib.util.find_spec("matplotlib"):
+        if processes.first and importlib.util.find_spec("matplotlib"):
             from sane.figures import draw_curves
 
             draw_curves(folder / "metrics.jsonl", folder / "curves.png")
-        run.wait()
+        processes.wait()
     return report
 
 
@@ -140,7 +135,7 @@ class Forecast:
 
 def forecast(config: Config, timed_steps: int = 3) -> Forecast:
     """Time a few steps, and a judgement of a few checkpoints, without writing anything."""
-    run = Pretraining(config, open_prepared(config.prepared, config.zoo), choose_device(config.device))
+    run = Pretraining(config, open_prepared(config.prepared, config.zoo), Processes(0, 1, choose_device(config.device)))
     run.advance()
     began = time.monotonic()
     for _ in range(timed_steps):
@@ -162,9 +157,10 @@ def forecast(config: Config, timed_steps: int = 3) -> Forecast:
 class Pretraining:
     """State of one training: model, optimizer, schedule, step counter."""
 
-    def __init__(self, config: Config, prepared: Prepared, device: torch.device, rank: int = 0, world: int = 1) -> None:
-        self.config, self.prepared, self.device, self.rank, self.world = config, prepared, device, rank, world
-        t, sizes = config.training, config.model
+    def __init__(self, config: Config, prepared: Prepared, processes: Processes) -> None:
+        self.config, self.prepared, self.processes = config, prepared, processes
+        self.device = device = processes.device
+        t, sizes, world = config.training, config.model, processes.world
         if t.precision != "fp32" and device.type != "cuda":
             raise ValueError(f"training.precision={t.precision} needs CUDA; use fp32 on the CPU")
         if t.batch % (world * t.accumulate):
@@ -188,12 +184,7 @@ class Pretraining:
         self.saned()  # checks that the tokens fit
         self.model.train()
         self.forward: nn.Module = torch.compile(self.model) if t.compile else self.model  # type: ignore[assignment]
-        self.trained = self.forward
-        """What training calls: gradients of all processes are averaged while they are computed."""
-        if world > 1:
-            self.trained = nn.parallel.DistributedDataParallel(
-                self.forward, device_ids=[device] if device.type == "cuda" else None
-            )
+        self.trained = processes.wrap(self.forward)
         self.optimizer = make_optimizer(self.model, config.optim)
         self.schedule = make_schedule(self.optimizer, config.optim, self.steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=t.precision == "fp16")
@@ -207,8 +198,7 @@ class Pretraining:
             t.z_var_penalty,
             t.z_norm_penalty,
         )
-        rows = np.arange(t.batch).reshape(t.accumulate, world, -1)[:, rank].ravel()
-        self.cut = partial(self.data.batch, t.batch, rows=rows)
+        self.cut = partial(self.data.batch, t.batch, rows=processes.windows(t.batch, t.accumulate))
         """The batch of a step, as far as this process needs it."""
         self.cutter = ThreadPoolExecutor(1)
         self.ahead: dict[int, Future[Batch]] = {}
@@ -219,11 +209,6 @@ class Pretraining:
         self.sums = torch.zeros(len(_LOGGED) + 1, dtype=torch.float64, device=device)
         self.last_loss = math.nan
 
-    @property
-    def first(self) -> bool:
-        """Whether this process writes files."""
-        return self.rank == 0
-
     def saned(self) -> SaneModel:
         """The model as it is now, with all that using it needs."""
         p = self.prepared
@@ -233,7 +218,7 @@ class Pretraining:
     def loop(self, folder: Path, limit_seconds: float | None, quiet: bool) -> TrainReport:
         """Train to the end, to the time limit or to Ctrl-C; the state is saved in each case."""
         began, t = time.monotonic(), self.config.training
-        log = trimmed_log(folder / "metrics.jsonl", self.step) if self.first else folder / "metrics.jsonl"
+        log = trimmed_log(folder / "metrics.jsonl", self.step) if self.processes.first else folder / "metrics.jsonl"
         bar = tqdm(
             total=self.steps,
             initial=self.step,
@@ -246,7 +231,7 @@ class Pretraining:
         with bar, deferred_interrupt() as interrupted:
             if self.step == 0 and t.test_every:
                 self.judge(log, quiet)
-            while self.step < self.steps and not self.any(interrupted()):
+            while self.step < self.steps and not self.processes.any(interrupted()):
                 self.advance()
                 bar.update()
                 if self.step % t.log_every == 0 or self.step == self.steps:
@@ -255,7 +240,7 @@ class Pretraining:
                     self.judge(log, quiet)
                 if self.step % t.save_every == 0 and self.step < self.steps:
                     self.save(folder / "state.safetensors")
-                if limit_seconds is not None and self.any(time.monotonic() - began > limit_seconds):
+                if limit_seconds is not None and self.processes.any(time.monotonic() - began > limit_seconds):
                     break
             self.save(folder / "state.safetensors")
         stopped = interrupted() and self.step < self.steps
@@ -272,14 +257,16 @@ class Pretraining:
     def advance(self) -> None:
         """One optimizer step, a function of the state and of the step number."""
         t = self.config.training
-        parts = t.accumulate * self.world
+        parts = t.accumulate * self.processes.world
         batch = self.batch()
-        dropout = np.random.SeedSequence([self.config.seed, 2, self.step, self.rank]).generate_state(1, np.uint64)
+        dropout = np.random.SeedSequence([self.config.seed, 2, self.step, self.processes.rank]).generate_state(
+            1, np.uint64
+        )
         torch.manual_seed(int(dropout[0]) >> 1)
         self.optimizer.zero_grad(set_to_none=True)
         for k in range(t.accumulate):
-            part = _part(batch, k * self.world + self.rank, parts)
-            with self.averaged(k + 1 == t.accumulate):
+            part = _part(batch, k * self.processes.world + self.processes.rank, parts)
+            with self.processes.averaged(self.trained, k + 1 == t.accumulate):
                 terms = self.terms(part, self.scale(part, batch, parts), training=True)
                 self.scaler.scale(terms.loss / t.accumulate).backward()
             self.sums += (
@@ -292,10 +279,6 @@ class Pretraining:
         self.step += 1
         if self.schedule is not None and self.step < self.steps:
             self.schedule.step()
-
-    def averaged(self, now: bool) -> AbstractContextManager[None]:
-        """Whether gradients are averaged over the processes: in the last part of an accumulated batch only."""
-        return nullcontext() if now or self.world == 1 else self.trained.no_sync()  # type: ignore[operator]
 
     def scale(self, part: Batch, batch: Batch, parts: int) -> float | Tensor:
         """Factor of a part's reconstruction with which the mean over the parts is that of the whole batch."""
@@ -317,15 +300,15 @@ class Pretraining:
         with torch.autocast(self.device.type, dtype, enabled=t.precision != "fp32"):
             _, y, projected = (self.trained if training else self.forward)(views, positions.repeat(2, 1, 1))
         z_i, z_j = projected.float().chunk(2)
-        if training and self.world > 1:
-            z_i, z_j = (_of_all(z) for z in (z_i, z_j))
+        if training:
+            z_i, z_j = (self.processes.rows_of_all(z) for z in (z_i, z_j))
         target = views if t.target == "noised" else batch.clean.to(self.device)
         return self.objective(z_i, z_j, y.float(), target, mask.repeat(2, 1, 1), scale)
 
     @torch.no_grad()
     def judge(self, log: Path, quiet: bool = True) -> None:
         """Append the loss on validation windows, and how well the embeddings predict properties."""
-        if not self.first:
+        if not self.processes.first:
             return
         line: dict[str, Any] = {"step": self.step, "epoch": self.step / self.per_epoch}
         line |= self.validation() | self.downstream(quiet)
@@ -343,7 +326,7 @@ class Pretraining:
         data = WindowDataset(
             self.prepared, "validation", window=self.config.model.window, views=self.data.views, seed=self.config.seed
         )
-        size = min(t.batch // t.accumulate // self.world, len(data))
+        size = min(t.batch // t.accumulate // self.processes.world, len(data))
         if size < 2:
             return {}
         self.model.eval()
@@ -395,25 +378,25 @@ class Pretraining:
     def write_log(self, log: Path, bar: tqdm, seconds: float) -> None:
         """Append the means since the last line."""
         self.check()
-        *means, count = self.mean(self.sums).tolist()
+        *means, count = self.processes.mean(self.sums).tolist()
         self.sums.zero_()
         values = [value / count for value in means]
         self.last_loss = values[0]
         line: dict[str, Any] = {"step": self.step, "epoch": self.step / self.per_epoch}
         line |= {name: value for name, value in zip(_LOGGED, values, strict=True) if math.isfinite(value)}
         line |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": round(seconds, 3)}
-        if self.first:
+        if self.processes.first:
             self.write(log, line)
         bar.set_postfix(loss=f"{self.last_loss:.4f}", refresh=False)
 
     def write(self, log: Path, line: dict[str, Any]) -> None:
         """Append a line to the log, and hand it to the logger."""
-        _append(log, line)
+        append_line(log, line)
         self.sink(line)
 
     def check(self) -> None:
         """Stop a training that has diverged, before it overwrites the last good state."""
-        loss = self.mean(self.sums)[0].item()
+        loss = self.processes.mean(self.sums)[0].item()
         if not math.isfinite(loss):
             raise ValueError(
                 f"the training loss is {loss} at step {self.step}; lower optim.lr ({self.config.optim.lr}) or use "
@@ -423,11 +406,11 @@ class Pretraining:
     def save(self, path: Path) -> None:
         """Write everything that :meth:`load` needs to go on."""
         self.check()
-        sums = self.mean(self.sums)
-        if self.first:
+        sums = self.processes.mean(self.sums)
+        if self.processes.first:
             progress = {"step": self.step, "loss": self.last_loss, "sums": sums, "data": self.prepared.identity}
             save_training(path, **self._parts(), progress=progress)
-        self.wait()
+        self.processes.wait()
 
     def load(self, path: Path) -> None:
         """Go back to a saved state."""
@@ -449,51 +432,6 @@ class Pretraining:
             "optimizers": {"optimizer": self.optimizer},
             "schedulers": schedulers,
         }
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Mean over all processes."""
-        if self.world == 1:
-            return values
-        total = values.clone()
-        dist.all_reduce(total)
-        return total / self.world
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
-        if self.world == 1:
-            return flag
-        return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.world > 1:
-            dist.barrier()
-
-
-@contextmanager
-def joined(device: torch.device) -> Iterator[tuple[int, int, torch.device]]:
-    """Rank, number of processes and device; joins the processes that ``torchrun`` has started."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        yield 0, 1, device
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    waits = datetime.timedelta(days=1)  # for the judgements of the first process
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=waits)
-    try:
-        yield dist.get_rank(), world, device
-    finally:
-        dist.destroy_process_group()
-
-
-def _of_all(z: Tensor) -> Tensor:
-    """Rows of all processes; the gradient is so large that its mean over them is that of one process with all rows."""
-    parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, z.detach().contiguous())
-    parts[dist.get_rank()] = z.detach() + len(parts) * (z - z.detach())
-    return torch.cat(parts)
 
 
 def _part(batch: Batch, number: int, parts: int) -> Batch:
@@ -522,60 +460,3 @@ def _begin_with(model: Autoencoder, path: str) -> None:
                 f"{here.get(name, 'absent')} here; use its token size and model.* settings"
             )
     model.load_state_dict(state)
-
-
-def _append(log: Path, line: dict[str, Any]) -> None:
-    with log.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def open_folder(config: Config, resume: bool) -> None:
-    """Create the run's folder with its ``config.yaml``, or check that a resumed one has the same.
-
-    Raises:
-        FileExistsError: The folder holds a run.
-        FileNotFoundError: There is nothing to resume.
-        ValueError: The settings differ; the message names them.
-    """
-    folder, stored = config.folder, config.folder / "config.yaml"
-    if not resume and folder.exists() and visible_files(folder, ""):
-        raise FileExistsError(f"{folder} already holds a run; use --resume to go on, or another name or out_dir")
-    if resume and not stored.exists():
-        raise FileNotFoundError(f"nothing to resume in {folder}; start the run without --resume")
-    if stored.exists():
-        there, given = (_flat(dataclasses.asdict(c)) for c in (load_config(stored), config))
-        changed = [
-            f"{key} ({there[key]} there, {given[key]} given)"
-            for key in there
-            if there[key] != given[key] and key not in _MOVABLE
-        ]
-        if changed:
-            raise ValueError(f"{stored} differs from the configuration given: {', '.join(changed)}; use another name")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(stored) as temporary:
-        temporary.write_text(config_to_yaml(config))
-
-
-def _flat(tree: dict[str, Any], where: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
-    return flat
-
-
-def trimmed_log(path: Path, step: int) -> Path:
-    """Drop the lines that a killed session wrote after its last saved state, and those that are damaged."""
-
-    def step_of(line: str) -> float:
-        try:
-            return float(json.loads(line)["step"])
-        except (ValueError, TypeError, KeyError):
-            return math.inf
-
-    if path.exists():
-        lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in lines if step_of(line) <= step] if step else []
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(kept))
-    return path
