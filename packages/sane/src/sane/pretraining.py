@@ -115,10 +115,11 @@ def pretrain(
             report = run.loop(folder, limit_seconds, quiet or not run.first)
         if report.finished and run.first:
             run.saned().save(folder / "model.safetensors")
-        if run.first and importlib.util.find_spec("matplotlib"):
+        log = folder / "metrics.jsonl"  # not there before the first line
+        if run.first and log.exists() and importlib.util.find_spec("matplotlib"):
             from sane.figures import draw_curves
 
-            draw_curves(folder / "metrics.jsonl", folder / "curves.png")
+            draw_curves(log, folder / "curves.png")
         run.wait()
     return report
 
