@@ -9,7 +9,7 @@ import torch
 from sane.cli import main
 from support.autoencoders import CNN, zoo_of_networks
 from zoo_common import Zoo
-from zoo_common.checkpoint import load_checkpoint
+from zoo_common.checkpoint import load_checkpoint, save_checkpoint
 
 
 def said(capsys, *arguments):
@@ -121,6 +121,10 @@ def test_the_commands_from_a_zoo_to_samples(workshop, tmp_path, capsys):
     assert best["networks"] == 2 and len(best["rounds"]) == 2
 
     tuned = said(capsys, "finetune", new, "--epochs", 1, "--train-images", 64, "-o", tmp_path / "tuned.safetensors")
+    stored = load_checkpoint(new)
+    save_checkpoint(tmp_path / "nan.safetensors", {k: v * torch.nan for k, v in stored.state.items()}, stored.metadata)
+    line = error(capsys, "finetune", tmp_path / "nan.safetensors", "--train-images", 64)
+    assert "2 of the 2 networks in" in line and "have weights that are not finite" in line
     each = torch.tensor(tuned.pop("test_acc_each"))  # (epochs + 1, networks)
     assert each.shape == torch.tensor(tuned.pop("validation_acc_each")).shape == (2, 2)
     assert tuned.keys() == {"zero-shot", "after epoch 1", "ensemble"}
@@ -171,6 +175,13 @@ def test_problems_are_one_line_with_a_remedy(workshop, tmp_path, capsys):
         "--condition must be at least 0": ["sample", small, data, "--condition", -3],
         "--resamples must be at least 1": ["predict", small, data, "--resamples", 0],
         "--num must be at least 1": ["diagnose", small, data, "--num", 0],
+        "--properties is empty": ["predict", small, data, "--properties"],
+        "--seed must be at least 0, got -1": ["predict", small, data, "--seed", -1],
+        "--lr must not be negative and must be finite, got nan": ["sample", small, data, "--lr", "nan"],
+        "4 of the 4 sampled networks have weights that are not finite: use a smaller --bandwidth": ["sample", small, data, "--num", 4, "--anchors", 2, "--bandwidth", 1e38, "--no-compare", "-o", tmp_path / "x.safetensors"],
+        f"{data} is what this command reads": ["sample", small, data, "-o", data],
+        "zoo.json is what this command reads": ["preprocess", zoo, "-o", zoo / "zoo.json"],
+        "model.safetensors is what this command reads": ["embed", small, zoo, "-o", small / "model.safetensors"],
         "--batch must be at least 1": ["finetune", data, "--batch", 0],
         "holds no networks: give a file of `sane sample`": ["finetune", small / "model.safetensors"],
         "is a folder: give a file of `sane sample`": ["finetune", small],

@@ -94,6 +94,8 @@ def test_networks_are_decoded_alike_alone_and_together_in_windows_and_whole(samp
     [
         (lambda s: KernelDensity("tokens"), "mode must be one of individual, token, joint, got 'tokens'"),
         (lambda s: KernelDensity(bandwidth=-1.0), "bandwidth must not be negative"),
+        (lambda s: KernelDensity(bandwidth=float("nan")), "must be finite, got nan"),
+        (lambda s: KernelDensity(bandwidth=float("inf")), "must be finite, got inf"),
         (lambda s: s.density.draw(s.anchors[:0], 1), "no anchors"),
         (lambda s: s.subsampled(4, score, draws=3), "draws must be at least 4, got 3"),
         (lambda s: s.bootstrapped(1, score, draws=4, keep=2, iterations=0), "iterations must be at least 1"),
@@ -186,6 +188,7 @@ def test_networks_that_are_not_finite_have_no_accuracy():
     vectors[1], vectors[2] = torch.nan, torch.inf
     found = networks.accuracy(vectors, Part(data.images, torch.zeros(20, dtype=torch.int64)))
     assert found[1:].tolist() == [0, 0]  # though the largest of NaN is class 0
+    assert networks.ensemble_accuracy(vectors, Part(data.images, torch.zeros(20, dtype=torch.int64))) == 0
 
 
 def test_an_ensemble_is_the_mean_of_logits_in_evaluation_mode():

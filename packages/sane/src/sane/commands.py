@@ -64,7 +64,7 @@ def preprocess(command: PreprocessCommand) -> None:
         min_quantile=command.min_accuracy_quantile,
         legacy_double_bn=command.legacy_double_bn,
     )
-    check_folder(command.out)
+    check_folder(command.out, command.zoo)
     prepared = prepare(command.zoo, config, quiet=command.json)
     prepared.save(command.out)
     show(
@@ -198,7 +198,7 @@ def diagnose(command: DiagnoseCommand) -> None:
 
 def embed(command: EmbedCommand) -> None:
     """Embed networks and write the embeddings."""
-    check_folder(command.out)
+    check_folder(command.out, command.model, command.source)
     model = load_model(command.model, choose_device(command.device))
     with progress_bars(False):  # it has its own
         found = embedding.embed(model, command.source, halo=halo_of(command.halo), quiet=command.json)
@@ -216,10 +216,13 @@ def embed(command: EmbedCommand) -> None:
 def predict(command: PredictCommand) -> None:
     """Predict properties and compare with baselines."""
     check_least(1, resamples=command.resamples)
+    check_least(0, seed=command.seed)
+    if not command.properties:
+        raise ValueError(f"--properties is empty: give at least one, for example {' '.join(DEFAULTS)}")
     if unknown := [name for name in command.baselines if name not in BASELINES]:
         raise ValueError(f"baseline {unknown[0]!r} is unknown; there are {', '.join(BASELINES)}")
     if command.out is not None:
-        check_folder(command.out)
+        check_folder(command.out, command.model, command.prepared, *command.elsewhere)
     model, prepared = model_and_zoo(command.model, command.prepared, command.device)
     halo = halo_of(command.halo)
     blocks = prepared.blocks("train", _AXES)
@@ -365,10 +368,19 @@ def check_least(least: int, **values: int | None) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
-def check_folder(path: Path) -> None:
-    """Reject a file that cannot be written where it is asked for."""
+def check_rate(lr: float) -> None:
+    """Reject a learning rate that optimizers do not take."""
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"--lr must not be negative and must be finite, got {lr}")
+
+
+def check_folder(path: Path, *inputs: Path) -> None:
+    """Reject a file that cannot be written where it is asked for, or is one of those that are read."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the name of a file to write")
+    read = {file.resolve() for x in inputs for file in (x, x / "zoo.json", x / "model.safetensors")}
+    if path.resolve() in read:
+        raise ValueError(f"{path} is what this command reads: give another name for the file to write")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.absolute().parent} does not exist")
 

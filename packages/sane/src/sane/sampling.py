@@ -3,6 +3,7 @@
 Shapes: ``a`` anchors and ``n`` samples of ``k`` tokens with ``l`` latent numbers; checkpoints of ``d`` numbers.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -39,8 +40,8 @@ class KernelDensity:
         """Reject what is no density."""
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}")
-        if self.bandwidth < 0:
-            raise ValueError(f"bandwidth must not be negative, got {self.bandwidth}")
+        if not 0 <= self.bandwidth < math.inf:
+            raise ValueError(f"bandwidth must not be negative and must be finite, got {self.bandwidth}")
 
     def draw(self, anchors: Tensor, n: int, seed: int = 42) -> Tensor:
         """Latents (n, k, l) in the dtype of the anchors (a, k, l).
