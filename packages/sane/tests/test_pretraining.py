@@ -276,7 +276,11 @@ def test_published_sizes():
         ("small", ["training.epochs=0"], "training.epochs must be at least 1"),
         ("small", ["optim.lr=0"], "lr and clip must be positive"),
         ("small", ["name=a/b"], "plain folder name"),
-        ("small", ["training=3"], "expected a group of keys, got 3"),
+        ("small", ["name=.."], "plain folder name"),
+        ("small", ["training=3"], "training: expected a group of keys, got 3"),
+        ("small", ["lr=3"], "unknown configuration key 'lr'; did you mean 'optim.lr'"),
+        ("small", ["epoch=3"], "unknown configuration key 'epoch'; did you mean 'training.epochs'"),
+        ("small", ["seed=-1"], r"seed must be from 0 to below 2\*\*63, got -1"),
     ],
 )
 def test_bad_settings_are_named(name, overrides, match):
