@@ -89,6 +89,13 @@ def test_networks_that_are_not_finite_are_named(model, prepared, tmp_path):
         embed(model, tmp_path)
 
 
+def test_a_file_without_floating_point_weights_is_named(model, prepared, tmp_path):
+    state = model.tokenizer.layout.unflatten(prepared.reference)
+    torch.save({name: tensor.long() for name, tensor in state.items()}, tmp_path / "whole.pt")
+    with pytest.raises(ValueError, match=r"whole\.pt: no floating-point tensor"):
+        embed(model, tmp_path / "whole.pt")
+
+
 def test_files_of_a_folder_that_cannot_be_used_are_left_out_and_named(model, prepared, tmp_path):
     layout = model.tokenizer.layout
     state = layout.unflatten(prepared.reference)
