@@ -1,6 +1,7 @@
 """The command line: help, every command on a small zoo, and one line for what does not fit."""
 
 import json
+import re
 from importlib.metadata import version
 
 import numpy as np
@@ -41,6 +42,16 @@ def test_help_lists_all_commands(capsys):
     shown = capsys.readouterr().out
     names = ["zoo", "preprocess", "align", "pretrain", "diagnose", "embed", "predict", "sample", "finetune"]
     assert [name for name in names if f"• {name} " not in shown] == []
+
+
+def test_every_option_says_what_it_is(capsys):
+    for name in ("preprocess", "align", "pretrain", "diagnose", "embed", "predict", "sample", "finetune"):
+        assert main([name, "--help"]) == 0
+        assert not re.search(r"│ --\S+ \S+\s+(│\s+│\s+)?\(default", capsys.readouterr().out), name
+
+
+def test_settings_are_shown_as_one_object(capsys):
+    assert said(capsys, "pretrain", "small", "--show", "model.window=9")["model"]["window"] == 9
 
 
 def test_version_is_that_of_the_package(capsys):
@@ -146,7 +157,7 @@ def test_tables_are_printed_for_people(workshop, capsys):
     assert (
         "score (95 %)" in out and "R2 " in out and "lr is 0.1 for all training checkpoints: nothing to predict" in out
     )
-    assert "config:model::type is CNN for all training checkpoints" in out
+    assert "config:model::type is CNN for all training checkpoints" in out and "nan" not in out
     assert main(["predict", small, data, "--properties", "epoch", "--halo", "16", "8", "--resamples", "5"]) == 0
     assert "an approximation; cosine to full attention: " in capsys.readouterr().out
     assert main(["diagnose", small, data, "--num", "2"]) == 0
@@ -175,6 +186,7 @@ def test_problems_are_one_line_with_a_remedy(workshop, tmp_path, capsys):
         "--condition must be at least 0": ["sample", small, data, "--condition", -3],
         "--resamples must be at least 1": ["predict", small, data, "--resamples", 0],
         "--num must be at least 1": ["diagnose", small, data, "--num", 0],
+        "not enough memory, use smaller sizes": ["pretrain", "small", f"prepared={data}", f"out_dir={tmp_path}", "model.window=12", "model.d_model=10000000", "training.batch=4"],
         "--properties is empty": ["predict", small, data, "--properties"],
         "--seed must be at least 0, got -1": ["predict", small, data, "--seed", -1],
         "--lr must not be negative and must be finite, got nan": ["sample", small, data, "--lr", "nan"],
@@ -215,6 +227,9 @@ def test_other_zoos_are_aligned_with_the_reference_of_the_model(workshop, tmp_pa
     for score in found["scores"]:
         last, none = (score["elsewhere"][str(file)] for file in files)
         assert last[0] is not None and last == pytest.approx(none, rel=1e-3, abs=1e-4)
+    own = tmp_path / "own.safetensors"
+    said(capsys, "preprocess", workshop / "zoo", "-o", own, "--token-size", 40, "--split", "published")
+    assert "took part in fitting: give another zoo" in error(capsys, "predict", *small, "--elsewhere", own)
     line = error(capsys, "predict", small[0], files[1])
     assert "is prepared with align=none, the model's zoo with align=last: use the file it was trained on" in line
 

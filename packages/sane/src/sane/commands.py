@@ -127,7 +127,7 @@ def pretrain(command: PretrainCommand) -> int:
     overrides += [f"seed={command.seed}"] if command.seed is not None else []
     config = load_config(command.config, overrides)
     if command.show:
-        print(config_to_yaml(config), end="")
+        print(json.dumps(dataclasses.asdict(config)) if command.json else config_to_yaml(config).rstrip())
         return 0
     if command.dry_run:
         show(dataclasses.asdict(pretraining.forecast(config)), command.json)
@@ -232,6 +232,8 @@ def predict(command: PredictCommand) -> None:
         return labelled_split(model, zoo, split, command.properties, command.baselines, halo, axes)
 
     others = {str(path): _fitting(model, path, elsewhere=True, quiet=command.json) for path in command.elsewhere}
+    for path, zoo in others.items():
+        _check_unseen(prepared, zoo, path)
     predictor = PropertyPredictor(labelled(prepared, "train"), labelled(prepared, "validation"))
     elsewhere = {name: labelled(zoo, "test") for name, zoo in others.items()}
     scores = predictor.judge(
@@ -261,6 +263,14 @@ def predict(command: PredictCommand) -> None:
     for score in scores:
         if score.note:
             print(f"{score.property} from {score.features}: {score.note}")
+
+
+def _check_unseen(ours: Prepared, other: Prepared, path: str) -> None:
+    """Reject a zoo whose test runs took part in fitting, as those of the same zoo in another split."""
+    fitted = {ours.zoo.run_ids[run] for split in ("train", "validation") for run in ours.samples[split].runs}
+    for run in sorted(fitted & {other.zoo.run_ids[run] for run in other.samples["test"].runs}):
+        if torch.equal(ours.zoo.params[run], other.zoo.params[run]):  # zoos may give one name to different runs
+            raise ValueError(f"--elsewhere {path}: its test run {run} took part in fitting: give another zoo")
 
 
 def labelled_split(
@@ -387,6 +397,7 @@ def check_folder(path: Path, *inputs: Path) -> None:
 
 def _row(score: Score, others: Sequence[str]) -> list[Any]:
     interval = f"{score.measure} {score.r2:.3f} ({score.low:.3f} .. {score.high:.3f})"
+    interval = interval if math.isfinite(score.r2) else "none, see below"
     ahead = ""
     if score.difference is not None:
         ahead = f"{score.difference:.3f} ({score.difference_low:.3f} .. {score.difference_high:.3f})"

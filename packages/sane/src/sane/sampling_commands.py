@@ -102,7 +102,10 @@ def sample(command: SampleCommand) -> None:
             "ensemble",
         ]
         print_table(head, [[*a, *b] for a, b in zip(rows, tuned, strict=True)])
-    show({key: value for key, value in report.items() if key not in ("groups", "rounds")}, False)
+    show({key: value for key, value in report.items() if key not in ("groups", "rounds", "novelty")}, False)
+    if "novelty" in report:
+        print("distance to the nearest training checkpoint, by the norm of the network, after alignment:")
+        show(report["novelty"], False, "  ")
 
 
 def _anchors(
