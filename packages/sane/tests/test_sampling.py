@@ -65,6 +65,12 @@ def test_subsampling_keeps_the_best(sampler):
     assert torch.equal(kept.vectors, drawn[score(drawn).argsort(descending=True)[:4]])
 
 
+def test_a_score_that_is_no_number_is_the_worst(sampler):
+    scores = torch.tensor([1.0, torch.nan, 3.0, 2.0])
+    assert sampler.subsampled(2, lambda vectors: scores, draws=4).scores.tolist() == [3, 2]
+    assert sampler.bootstrapped(2, lambda v: scores, draws=4, keep=1, iterations=1).scores.tolist() == [3, 2]
+
+
 def test_bootstrapping_improves_and_gives_the_best_of_the_last_draw(sampler):
     found = sampler.bootstrapped(3, score, draws=16, keep=3, iterations=4, seed=0)
     assert len(found.rounds) == 4 and found.rounds[-1].kept_mean > found.rounds[0].kept_mean

@@ -143,7 +143,7 @@ class Sampler:
         _check_at_least("draws", draws, n)
         vectors = self.decode(self.density.draw(self.anchors, draws, seed))
         scores = score(vectors)
-        best = scores.argsort(descending=True)[:n]
+        best = _ranked(scores)[:n]
         return Sampled(vectors[best], scores[best])
 
     def bootstrapped(self, n: int, score: Score, *, draws: int, keep: int, iterations: int, seed: int = 42) -> Sampled:
@@ -160,7 +160,7 @@ class Sampler:
             latents = self.density.draw(anchors, draws, seed + iteration)
             vectors = self.decode(latents)
             scores = score(vectors)
-            order = scores.argsort(descending=True)
+            order = _ranked(scores)
             anchors = latents[order[:keep]]
             kept, dropped = scores[order[:keep]], scores[order[keep:]]
             pairs = [
@@ -169,6 +169,11 @@ class Sampler:
             rounds.append(Round(*pairs[0], *pairs[1]))
         best = order[:n]
         return Sampled(vectors[best], scores[best], tuple(rounds))
+
+
+def _ranked(scores: Tensor) -> Tensor:
+    """Indices, the best score first; NaN is the worst, not the largest as for torch."""
+    return torch.where(scores.isnan(), -torch.inf, scores).argsort(descending=True)
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:
