@@ -145,7 +145,8 @@ def pretrain(command: PretrainCommand) -> int:
         )
     if int(os.environ.get("RANK", "0")) > 0:  # under torchrun, the first process speaks
         return 130 if report.interrupted else 0
-    show({**dataclasses.asdict(report), "folder": str(report.folder), "finished": report.finished}, command.json)
+    told = {**dataclasses.asdict(report), "folder": str(report.folder), "finished": report.finished}
+    show(finite(told), command.json)  # before the first line of the log there is no loss
     if not report.finished:
         print(f"stopped at step {report.step} of {report.steps}; go on with --resume", file=sys.stderr)
     return 130 if report.interrupted else 0
