@@ -1,6 +1,7 @@
 """The command line: help, every command on a small zoo, and one line for what does not fit."""
 
 import json
+import re
 from importlib.metadata import version
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from sane.cli import main
 from support.autoencoders import CNN, zoo_of_networks
 from zoo_common import Zoo
-from zoo_common.checkpoint import load_checkpoint
+from zoo_common.checkpoint import load_checkpoint, save_checkpoint
 
 
 def said(capsys, *arguments):
@@ -41,6 +42,16 @@ def test_help_lists_all_commands(capsys):
     shown = capsys.readouterr().out
     names = ["zoo", "preprocess", "align", "pretrain", "diagnose", "embed", "predict", "sample", "finetune"]
     assert [name for name in names if f"• {name} " not in shown] == []
+
+
+def test_every_option_says_what_it_is(capsys):
+    for name in ("preprocess", "align", "pretrain", "diagnose", "embed", "predict", "sample", "finetune"):
+        assert main([name, "--help"]) == 0
+        assert not re.search(r" --[\w-]+ \S+[\s│]+\(default", capsys.readouterr().out), name
+
+
+def test_settings_are_shown_as_one_object(capsys):
+    assert said(capsys, "pretrain", "small", "--show", "model.window=9")["model"]["window"] == 9
 
 
 def test_version_is_that_of_the_package(capsys):
@@ -121,6 +132,10 @@ def test_the_commands_from_a_zoo_to_samples(workshop, tmp_path, capsys):
     assert best["networks"] == 2 and len(best["rounds"]) == 2
 
     tuned = said(capsys, "finetune", new, "--epochs", 1, "--train-images", 64, "-o", tmp_path / "tuned.safetensors")
+    stored = load_checkpoint(new)
+    save_checkpoint(tmp_path / "nan.safetensors", {k: v * torch.nan for k, v in stored.state.items()}, stored.metadata)
+    line = error(capsys, "finetune", tmp_path / "nan.safetensors", "--train-images", 64)
+    assert "2 of the 2 networks in" in line and "have weights that are not finite" in line
     each = torch.tensor(tuned.pop("test_acc_each"))  # (epochs + 1, networks)
     assert each.shape == torch.tensor(tuned.pop("validation_acc_each")).shape == (2, 2)
     assert tuned.keys() == {"zero-shot", "after epoch 1", "ensemble"}
@@ -142,7 +157,7 @@ def test_tables_are_printed_for_people(workshop, capsys):
     assert (
         "score (95 %)" in out and "R2 " in out and "lr is 0.1 for all training checkpoints: nothing to predict" in out
     )
-    assert "config:model::type is CNN for all training checkpoints" in out
+    assert "config:model::type is CNN for all training checkpoints" in out and "nan" not in out
     assert main(["predict", small, data, "--properties", "epoch", "--halo", "16", "8", "--resamples", "5"]) == 0
     assert "an approximation; cosine to full attention: " in capsys.readouterr().out
     assert main(["diagnose", small, data, "--num", "2"]) == 0
@@ -171,6 +186,14 @@ def test_problems_are_one_line_with_a_remedy(workshop, tmp_path, capsys):
         "--condition must be at least 0": ["sample", small, data, "--condition", -3],
         "--resamples must be at least 1": ["predict", small, data, "--resamples", 0],
         "--num must be at least 1": ["diagnose", small, data, "--num", 0],
+        "not enough memory, use smaller sizes": ["pretrain", "small", f"prepared={data}", f"out_dir={tmp_path}", "model.window=12", "model.d_model=10000000", "training.batch=4"],
+        "--properties is empty": ["predict", small, data, "--properties"],
+        "--seed must be at least 0, got -1": ["predict", small, data, "--seed", -1],
+        "--lr must not be negative and must be finite, got nan": ["sample", small, data, "--lr", "nan"],
+        "4 of the 4 sampled networks have weights that are not finite: use a smaller --bandwidth": ["sample", small, data, "--num", 4, "--anchors", 2, "--bandwidth", 1e38, "--no-compare", "-o", tmp_path / "x.safetensors"],
+        f"{data} is what this command reads": ["sample", small, data, "-o", data],
+        "zoo.json is what this command reads": ["preprocess", zoo, "-o", zoo / "zoo.json"],
+        "model.safetensors is what this command reads": ["embed", small, zoo, "-o", small / "model.safetensors"],
         "--batch must be at least 1": ["finetune", data, "--batch", 0],
         "holds no networks: give a file of `sane sample`": ["finetune", small / "model.safetensors"],
         "is a folder: give a file of `sane sample`": ["finetune", small],
@@ -204,6 +227,9 @@ def test_other_zoos_are_aligned_with_the_reference_of_the_model(workshop, tmp_pa
     for score in found["scores"]:
         last, none = (score["elsewhere"][str(file)] for file in files)
         assert last[0] is not None and last == pytest.approx(none, rel=1e-3, abs=1e-4)
+    own = tmp_path / "own.safetensors"
+    said(capsys, "preprocess", workshop / "zoo", "-o", own, "--token-size", 40, "--split", "published")
+    assert "took part in fitting: give another zoo" in error(capsys, "predict", *small, "--elsewhere", own)
     line = error(capsys, "predict", small[0], files[1])
     assert "is prepared with align=none, the model's zoo with align=last: use the file it was trained on" in line
 

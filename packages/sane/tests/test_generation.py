@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from sane.cli import main
 from sane.generation import ZooPlan, ZooWork, train_zoo
 from sane.generation import _on as used
@@ -113,6 +114,13 @@ def test_training_starts_from_given_weights(tmp_path):
     torch.save({"other": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other\.pt does not fit .*Missing key"):
         train_zoo(replace(PLAN, start=str(tmp_path / "other.pt")), tmp_path / "zoo", runs=1)
+    save_file(state, tmp_path / "cut.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-9])
+    torch.save({name: tensor * torch.nan for name, tensor in state.items()}, tmp_path / "nan.pt")
+    for name, words in {"cut.safetensors": "is damaged, or no safetensors file", "nan.pt": "are not finite"}.items():
+        with pytest.raises(ValueError, match=rf"{name} .*{words}"):
+            train_zoo(replace(PLAN, start=str(tmp_path / name)), tmp_path / "zoo", runs=1)
+    assert not (tmp_path / "zoo").exists()
     plan = replace(PLAN, start=str(tmp_path / "start.pt"), save=(0, 1))
     train_zoo(plan, tmp_path / "zoo", runs=2)
     zoo = Zoo.open(tmp_path / "zoo")
@@ -185,7 +193,8 @@ def test_ctrl_c_and_the_time_limit_keep_what_is_done(tmp_path):
         (["MLP", "--save", "1-5"], "--save '1-5': give epochs as 0,1,5,10"),
         (["MLP", "--runs", "0"], "runs (0), chunk (10) and epochs (10) must be at least 1"),
         (["MLP", "--train-images", "0"], "train_images must be at least 1, got 0"),
-        (["MLP", "--start", "nowhere.pt"], "nowhere.pt: no such file"),
+        (["MLP", "--start", "nowhere.pt"], "nowhere.pt"),
+        (["MLP", "--split", "nan", "nan", "nan"], "split must be three fractions that sum to 1"),
         (["CNN", "mnist"], "no data folder given"),
         (["MLP", "--device", "cuda"], "no CUDA device"),
     ],

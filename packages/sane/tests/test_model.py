@@ -89,6 +89,33 @@ def test_networks_that_are_not_finite_are_named(model, prepared, tmp_path):
         embed(model, tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_checkpoints_of_any_precision_and_number_are_embedded(model, prepared, dtype):
+    vectors = prepared.vectors("train", slice(0, 3)).to(dtype)
+    expected = model.embed(vectors.float())
+    assert torch.equal(model.embed(vectors), expected)
+    torch.testing.assert_close(model.embed(vectors[:1]), expected[:1])
+    assert model.decode(model.encode(vectors[:0])).shape == vectors[:0].shape
+    for wrong in (vectors[0], vectors[:, :-1], vectors[None]):
+        with pytest.raises(ValueError, match=r"expected checkpoints \(n, "):
+            model.embed(wrong)
+    with pytest.raises(ValueError, match=r"expected latents \(n, "):
+        model.decode(model.encode(vectors)[0])
+
+
+def test_a_device_that_is_not_there_is_named(workshop, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="device 'cuda': no CUDA device is available here"):
+        load_model(workshop / "results" / "small", "cuda")
+
+
+def test_a_file_without_floating_point_weights_is_named(model, prepared, tmp_path):
+    state = model.tokenizer.layout.unflatten(prepared.reference)
+    torch.save({name: tensor.long() for name, tensor in state.items()}, tmp_path / "whole.pt")
+    with pytest.raises(ValueError, match=r"whole\.pt: no floating-point tensor"):
+        embed(model, tmp_path / "whole.pt")
+
+
 def test_files_of_a_folder_that_cannot_be_used_are_left_out_and_named(model, prepared, tmp_path):
     layout = model.tokenizer.layout
     state = layout.unflatten(prepared.reference)

@@ -119,6 +119,8 @@ def test_text_is_classified():
     values[1] = "tiny"
     score = predictor.judge(test._replace(properties={"size": values}))[0]
     assert "tiny is no size of a training run: counted as wrong" in score.note
+    same = [labelled(name, 5, 0)._replace(properties={"size": np.full(20, "small")}) for name in "ab"]
+    assert PropertyPredictor(*same).judge(test)[0].measure == "accuracy"
 
 
 def test_targets_far_from_zero_are_no_harder():

@@ -133,6 +133,9 @@ def test_a_prepared_file_that_was_moved_with_its_zoo_is_read(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is not in .*zoo: move it back or prepare it again; .* zoo=FOLDER"):
         open_prepared(tmp_path / "b" / "prepared.safetensors")
     assert len(open_prepared(tmp_path / "b" / "prepared.safetensors", tmp_path / "c").zoo) == 3
+    next((tmp_path / "c" / "shards").iterdir()).unlink()
+    with pytest.raises(ValueError, match=r"lacks \d runs of .*: restore its shards, or prepare it again"):
+        open_prepared(tmp_path / "b" / "prepared.safetensors", tmp_path / "c")
 
 
 def test_checkpoints_that_are_not_finite_or_too_large_are_left_out_and_counted(tmp_path):
@@ -194,7 +197,9 @@ def test_a_zoo_of_an_unknown_network_can_be_prepared_without_alignment(tmp_path)
         ({"token_size": 0}, "token_size must be at least 1"),
         ({"fractions": (0.5, 0.1, 0.1)}, "three that sum to 1"),
         ({"min_quantile": 1.0}, "min_quantile must be from 0"),
-        ({"max_abs": 0.0}, "max_abs must be positive"),
+        ({"max_abs": 0.0}, "max_abs must be positive, got 0 and 0.0"),
+        ({"max_abs": float("nan")}, "max_abs must be positive"),
+        ({"fractions": (float("nan"),) * 3}, "fractions must be three that sum to 1"),
     ],
 )
 def test_bad_settings_are_named(options, match):

@@ -52,6 +52,16 @@ def test_stopped_and_resumed_equals_uninterrupted(workshop, tmp_path):
     assert_same_tensors(*(c.folder / "model.safetensors" for c in (cut, whole)))
 
 
+def test_a_training_that_stops_before_the_first_line_of_its_log_says_so(workshop, tmp_path, capsys):
+    settings = [f"prepared={workshop}/prepared.safetensors", f"out_dir={tmp_path}", *SIZES, *TRAINING]
+    assert (
+        main(["pretrain", "small", *settings, "training.test_every=0", "training.log_every=99", "--limit-seconds", "0"])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "step: 1\n" in out and "nan" not in out and not (tmp_path / "small" / "metrics.jsonl").exists()
+
+
 def test_a_training_begins_with_the_weights_of_another(workshop, tmp_path):
     begun = config(workshop, tmp_path, f"start={workshop}/results/small", "name=begun")
     pretrain(begun, limit_seconds=0, quiet=True)
@@ -277,7 +287,11 @@ def test_published_sizes():
         ("small", ["training.epochs=0"], "training.epochs must be at least 1"),
         ("small", ["optim.lr=0"], "lr and clip must be positive"),
         ("small", ["name=a/b"], "plain folder name"),
-        ("small", ["training=3"], "expected a group of keys, got 3"),
+        ("small", ["name=.."], "plain folder name"),
+        ("small", ["training=3"], "training: expected a group of keys, got 3"),
+        ("small", ["lr=3"], "unknown configuration key 'lr'; did you mean 'optim.lr'"),
+        ("small", ["epoch=3"], "unknown configuration key 'epoch'; did you mean 'training.epochs'"),
+        ("small", ["seed=-1"], r"seed must be from 0 to below 2\*\*63, got -1"),
     ],
 )
 def test_bad_settings_are_named(name, overrides, match):

@@ -67,6 +67,12 @@ def test_subsampling_keeps_the_best(sampler):
     assert torch.equal(kept.vectors, drawn[score(drawn).argsort(descending=True)[:4]])
 
 
+def test_a_score_that_is_no_number_is_the_worst(sampler):
+    scores = torch.tensor([1.0, torch.nan, 3.0, 2.0])
+    assert sampler.subsampled(2, lambda vectors: scores, draws=4).scores.tolist() == [3, 2]
+    assert sampler.bootstrapped(2, lambda v: scores, draws=4, keep=1, iterations=1).scores.tolist() == [3, 2]
+
+
 def test_bootstrapping_improves_and_gives_the_best_of_the_last_draw(sampler):
     found = sampler.bootstrapped(3, score, draws=16, keep=3, iterations=4, seed=0)
     assert len(found.rounds) == 4 and found.rounds[-1].kept_mean > found.rounds[0].kept_mean
@@ -96,6 +102,8 @@ def test_networks_are_decoded_alike_alone_and_together_in_windows_and_whole(samp
     [
         (lambda s: KernelDensity("tokens"), "mode must be one of individual, token, joint, got 'tokens'"),
         (lambda s: KernelDensity(bandwidth=-1.0), "bandwidth must not be negative"),
+        (lambda s: KernelDensity(bandwidth=float("nan")), "must be finite, got nan"),
+        (lambda s: KernelDensity(bandwidth=float("inf")), "must be finite, got inf"),
         (lambda s: s.density.draw(s.anchors[:0], 1), "no anchors"),
         (lambda s: s.subsampled(4, score, draws=3), "draws must be at least 4, got 3"),
         (lambda s: s.bootstrapped(1, score, draws=4, keep=2, iterations=0), "iterations must be at least 1"),
@@ -188,6 +196,7 @@ def test_networks_that_are_not_finite_have_no_accuracy():
     vectors[1], vectors[2] = torch.nan, torch.inf
     found = networks.accuracy(vectors, Part(data.images, torch.zeros(20, dtype=torch.int64)))
     assert found[1:].tolist() == [0, 0]  # though the largest of NaN is class 0
+    assert networks.ensemble_accuracy(vectors, Part(data.images, torch.zeros(20, dtype=torch.int64))) == 0
 
 
 def test_an_ensemble_is_the_mean_of_logits_in_evaluation_mode():

@@ -259,10 +259,15 @@ class FinetuneCommand:
     out: Annotated[Path | None, arg(aliases=["-o"])] = None
     """Write the trained networks to this file."""
     epochs: int = 1
+    """Passes over the training images."""
     lr: float = 1e-3
+    """Learning rate."""
     batch: int = 64
+    """Images in a batch."""
     optimizer: Literal["adam", "sgd"] = "adam"
+    """sgd: with a momentum of 0.9."""
     schedule: Literal["constant", "onecycle"] = "constant"
+    """Of the learning rate."""
     reset_classifier: int | None = None
     """Give the last layer this many classes, freshly initialised: transfer to another task."""
     data: str | None = None
@@ -274,6 +279,7 @@ class FinetuneCommand:
     train_images: int | None = None
     """Use at most this many training images."""
     seed: int = 0
+    """Draws the order of the images, and new classifiers."""
     json: bool = False
     """Print one JSON object and no progress bar."""
 
@@ -371,8 +377,13 @@ def _later(name: str, module: str = "commands") -> Callable[[Any], int | None]:
 
     def run(command: object) -> int | None:
         function, bars = (importlib.import_module(f"sane.{part}") for part in (module, "progress"))
-        with bars.progress_bars(not getattr(command, "json", False)):
-            status: int | None = getattr(function, name)(command)
+        try:
+            with bars.progress_bars(not getattr(command, "json", False)):
+                status: int | None = getattr(function, name)(command)
+        except (RuntimeError, MemoryError) as error:  # torch tells a lack of memory as a RuntimeError
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            raise OSError(f"not enough memory, use smaller sizes: {error}") from error
         return status
 
     return run

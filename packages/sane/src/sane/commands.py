@@ -62,7 +62,7 @@ def preprocess(command: PreprocessCommand) -> None:
         min_quantile=command.min_accuracy_quantile,
         legacy_double_bn=command.legacy_double_bn,
     )
-    check_folder(command.out)
+    check_folder(command.out, command.zoo)
     prepared = prepare(command.zoo, config, quiet=command.json)
     prepared.save(command.out)
     show(
@@ -125,7 +125,7 @@ def pretrain(command: PretrainCommand) -> int:
     overrides += [f"seed={command.seed}"] if command.seed is not None else []
     config = load_config(command.config, overrides)
     if command.show:
-        print(config_to_yaml(config), end="")
+        print(json.dumps(dataclasses.asdict(config)) if command.json else config_to_yaml(config).rstrip())
         return 0
     if command.dry_run:
         show(dataclasses.asdict(pretraining.forecast(config)), command.json)
@@ -143,7 +143,8 @@ def pretrain(command: PretrainCommand) -> int:
         )
     if int(os.environ.get("RANK", "0")) > 0:  # under torchrun, the first process speaks
         return 130 if report.interrupted else 0
-    show({**dataclasses.asdict(report), "folder": str(report.folder), "finished": report.finished}, command.json)
+    told = {**dataclasses.asdict(report), "folder": str(report.folder), "finished": report.finished}
+    show(finite(told), command.json)  # before the first line of the log there is no loss
     if not report.finished:
         print(f"stopped at step {report.step} of {report.steps}; go on with --resume", file=sys.stderr)
     return 130 if report.interrupted else 0
@@ -196,7 +197,7 @@ def diagnose(command: DiagnoseCommand) -> None:
 
 def embed(command: EmbedCommand) -> None:
     """Embed networks and write the embeddings."""
-    check_folder(command.out)
+    check_folder(command.out, command.model, command.source)
     model = load_model(command.model, choose_device(command.device))
     with progress_bars(False):  # it has its own
         found = embedding.embed(model, command.source, halo=halo_of(command.halo), quiet=command.json)
@@ -214,10 +215,13 @@ def embed(command: EmbedCommand) -> None:
 def predict(command: PredictCommand) -> None:
     """Predict properties and compare with baselines."""
     check_least(1, resamples=command.resamples)
+    check_least(0, seed=command.seed)
+    if not command.properties:
+        raise ValueError(f"--properties is empty: give at least one, for example {' '.join(DEFAULTS)}")
     if unknown := [name for name in command.baselines if name not in BASELINES]:
         raise ValueError(f"baseline {unknown[0]!r} is unknown; there are {', '.join(BASELINES)}")
     if command.out is not None:
-        check_folder(command.out)
+        check_folder(command.out, command.model, command.prepared, *command.elsewhere)
     model, prepared = model_and_zoo(command.model, command.prepared, command.device)
     halo = halo_of(command.halo)
     blocks = prepared.blocks("train", _AXES)
@@ -227,6 +231,8 @@ def predict(command: PredictCommand) -> None:
         return labelled_split(model, zoo, split, command.properties, command.baselines, halo, axes)
 
     others = {str(path): _fitting(model, path, elsewhere=True, quiet=command.json) for path in command.elsewhere}
+    for path, zoo in others.items():
+        _check_unseen(prepared, zoo, path)
     predictor = PropertyPredictor(labelled(prepared, "train"), labelled(prepared, "validation"))
     elsewhere = {name: labelled(zoo, "test") for name, zoo in others.items()}
     scores = predictor.judge(
@@ -256,6 +262,14 @@ def predict(command: PredictCommand) -> None:
     for score in scores:
         if score.note:
             print(f"{score.property} from {score.features}: {score.note}")
+
+
+def _check_unseen(ours: Prepared, other: Prepared, path: str) -> None:
+    """Reject a zoo whose test runs took part in fitting, as those of the same zoo in another split."""
+    fitted = {ours.zoo.run_ids[run] for split in ("train", "validation") for run in ours.samples[split].runs}
+    for run in sorted(fitted & {other.zoo.run_ids[run] for run in other.samples["test"].runs}):
+        if torch.equal(ours.zoo.params[run], other.zoo.params[run]):  # zoos may give one name to different runs
+            raise ValueError(f"--elsewhere {path}: its test run {run} took part in fitting: give another zoo")
 
 
 def labelled_split(
@@ -363,16 +377,26 @@ def check_least(least: int, **values: int | None) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
-def check_folder(path: Path) -> None:
-    """Reject a file that cannot be written where it is asked for."""
+def check_rate(lr: float) -> None:
+    """Reject a learning rate that optimizers do not take."""
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"--lr must not be negative and must be finite, got {lr}")
+
+
+def check_folder(path: Path, *inputs: Path) -> None:
+    """Reject a file that cannot be written where it is asked for, or is one of those that are read."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the name of a file to write")
+    read = {file.resolve() for x in inputs for file in (x, x / "zoo.json", x / "model.safetensors")}
+    if path.resolve() in read:
+        raise ValueError(f"{path} is what this command reads: give another name for the file to write")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.absolute().parent} does not exist")
 
 
 def _row(score: Score, others: Sequence[str]) -> list[Any]:
     interval = f"{score.measure} {score.r2:.3f} ({score.low:.3f} .. {score.high:.3f})"
+    interval = interval if math.isfinite(score.r2) else "none, see below"
     ahead = ""
     if score.difference is not None:
         ahead = f"{score.difference:.3f} ({score.difference_low:.3f} .. {score.difference_high:.3f})"

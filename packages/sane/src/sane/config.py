@@ -109,7 +109,9 @@ class Config:
             raise ValueError(
                 f"training.accumulate ({t.accumulate}) must divide the batch ({t.batch}) into parts of two or more"
             )
-        if not self.name or Path(self.name).name != self.name:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to below 2**63, got {self.seed}")
+        if not self.name or self.name == ".." or Path(self.name).name != self.name:
             raise ValueError(f"name must be a plain folder name, got {self.name!r}")
 
     @property
@@ -204,16 +206,26 @@ def _with(tree: Any, keys: list[str], value: Any) -> dict[str, Any]:  # noqa: AN
 
 def _build(kind: type, tree: Any, where: str) -> Any:  # noqa: ANN401 (one of the dataclasses above)
     if not isinstance(tree, Mapping):
-        raise ValueError(f"{where or 'configuration'}: expected a group of keys, got {tree!r}")
+        raise ValueError(f"{where.rstrip('.') or 'configuration'}: expected a group of keys, got {tree!r}")
     hints = get_type_hints(kind)
     values = {}
     for key, value in tree.items():
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0)[0]
-            raise ValueError(f"unknown configuration key {where + str(key)!r}; did you mean {where + near!r}?")
+            raise ValueError(
+                f"unknown configuration key {where + str(key)!r}; did you mean {_nearest(key, where, hints)!r}?"
+            )
         nested = dataclasses.is_dataclass(hints[key])
         values[key] = _build(hints[key], value, f"{where}{key}.") if nested else _fit(value, hints[key], where + key)
     return kind(**values)
+
+
+def _nearest(key: Any, where: str, hints: Mapping[str, Any]) -> str:  # noqa: ANN401 (a YAML key)
+    """The key most like an unknown one: of its own group, or of a group below, as lr is optim.lr."""
+    keys = {name: where + name for name in hints}
+    for name, hint in hints.items():
+        if dataclasses.is_dataclass(hint):
+            keys |= {f.name: f"{where}{name}.{f.name}" for f in dataclasses.fields(hint) if f.name not in keys}
+    return keys[difflib.get_close_matches(str(key), keys, n=1, cutoff=0)[0]]
 
 
 def _fit(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401 (a YAML value and a type)

@@ -95,7 +95,11 @@ def read_networks(
 def _read_file(path: Path, layout: ParameterLayout) -> Tensor:
     """The state dict in a file as a vector (d,) of a model's layout; ``ValueError`` if it is none, or not finite."""
     state = read_state(path)
-    _fitted(layout, ParameterLayout.from_state_dict(state), str(path))
+    try:
+        found = ParameterLayout.from_state_dict(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    _fitted(layout, found, str(path))
     vector = layout.flatten({name: tensor for name, tensor in state.items() if name in layout.names}).float()
     if not vector.isfinite().all():
         raise ValueError(f"{path} has weights that are not finite: leave it out")

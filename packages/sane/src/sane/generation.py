@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from zoo_common.datasets import Part, Splits
+from zoo_common.formats.state_dicts import read_state
 from zoo_common.interrupts import deferred_interrupt
 from zoo_common.layout import ParameterLayout
 from zoo_common.zoo import Run, Zoo
@@ -34,7 +35,7 @@ from zoo_common.zoo import Run, Zoo
 from sane.device import choose_device
 from sane.images import first_images, images_of, shaped
 from sane.networks import COLOURED, build_network, input_shape
-from sane.zoo_training import make_optimizer, read_state, train_run
+from sane.zoo_training import make_optimizer, train_run
 
 DEFAULTS: dict[str, Any] = {
     "model::nlin": "tanh",
@@ -227,7 +228,9 @@ class ZooWork:
                         "number of training images"
                     )
         if self.plan.start is not None:
-            network, state = build_network(self.config(0)), read_state(self.plan.start)
+            network, state = build_network(self.config(0)), read_state(Path(self.plan.start))
+            if not all(tensor.float().isfinite().all() for tensor in state.values()):
+                raise ValueError(f"{self.plan.start} has weights that are not finite: start from others")
             try:
                 network.load_state_dict(state)
             except RuntimeError as error:
@@ -262,8 +265,8 @@ def _missing(zoo: Zoo, seed: int, runs: int, chunk: int) -> list[range]:
     todo = [i for i in range(runs) if i not in there]
     return [
         range(part[0], part[-1] + 1)
-        for _, group in itertools.groupby(todo, key=lambda i: (i - todo.index(i), i // chunk))
-        if (part := list(group))
+        for _, group in itertools.groupby(enumerate(todo), key=lambda pair: (pair[1] - pair[0], pair[1] // chunk))
+        if (part := [i for _, i in group])
     ]
 
 

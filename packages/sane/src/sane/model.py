@@ -22,6 +22,7 @@ from zoo_common.untrusted import load_untrusted
 from zoo_common.windows import HaloWindows
 
 from sane.autoencoder import Autoencoder, AutoencoderConfig
+from sane.device import choose_device
 from sane.normalization import Normalization
 from sane.progress import track
 
@@ -120,12 +121,25 @@ class SaneModel:
         return self.symmetry.align(vectors, self.reference)
 
     def encode(self, vectors: Tensor, halo: Halo | None = None) -> Tensor:
-        """Latents (n, k, l) of aligned checkpoints (n, d), with full attention unless ``halo`` is given."""
-        return self._through(self.autoencoder.encode, self.tokens(vectors), halo)
+        """Latents (n, k, l) of aligned checkpoints (n, d), with full attention unless ``halo`` is given.
+
+        Raises:
+            ValueError: The checkpoints have another shape.
+        """
+        if vectors.ndim != 2 or vectors.shape[1] != self.tokenizer.layout.size:
+            raise ValueError(f"expected checkpoints (n, {self.tokenizer.layout.size}), got {tuple(vectors.shape)}")
+        return self._through(self.autoencoder.encode, self.tokens(vectors.float()), halo)
 
     def decode(self, latents: Tensor, halo: Halo | None = None) -> Tensor:
-        """Checkpoints (n, d) of latents (n, k, l)."""
-        return self.vectors(self._through(self.autoencoder.decode, latents, halo))
+        """Checkpoints (n, d) of latents (n, k, l).
+
+        Raises:
+            ValueError: The latents have another shape.
+        """
+        expected = (self.tokenizer.shape[0], self.autoencoder.config.latent)
+        if latents.ndim != 3 or tuple(latents.shape[1:]) != expected:
+            raise ValueError(f"expected latents (n, {expected[0]}, {expected[1]}), got {tuple(latents.shape)}")
+        return self.vectors(self._through(self.autoencoder.decode, latents.float(), halo))
 
     def embed(self, vectors: Tensor, halo: Halo | None = None) -> Tensor:
         """Mean latents (n, l) of aligned checkpoints (n, d)."""
@@ -195,9 +209,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> SaneMode
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, or holds no model.
+        ValueError: The file is damaged, or holds no model; or the device is not there.
     """
-    path = Path(path)
+    path, device = Path(path), choose_device(device) if isinstance(device, str) else device
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.exists():
         raise FileNotFoundError(f"there is no model {path}: give a model file, or the folder of a finished training")
@@ -216,7 +230,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> SaneMode
         document["normalization"], tokenizer, legacy_double_bn=document["legacy_double_bn"]
     )
     model = SaneModel(autoencoder, tokenizer, normalization, checkpoint.state[_REFERENCE], document["facts"])
-    return model.to(torch.device(device))
+    return model.to(device)
 
 
 def load_published(

@@ -70,12 +70,12 @@ class Networks:
         return torch.cat([torch.where(metrics.loss.isfinite(), metrics.accuracy, 0.0) for metrics in found])
 
     def ensemble_accuracy(self, vectors: Tensor, part: Part, batch: int = 256) -> float:
-        """Accuracy of the mean logits of all networks, in evaluation mode and fixed order."""
+        """Accuracy of the mean logits of all networks, in evaluation mode and fixed order; not finite ones are wrong."""
         right, blocks = 0, vectors.split(self._together(part.images[:batch]))
         with torch.no_grad():
             for x, y in zip(part.images.split(batch), part.labels.split(batch), strict=True):
-                logits = torch.stack([self.population(block, x).sum(0) for block in blocks])
-                right += int((logits.sum(0).argmax(1) == y).sum())
+                logits = torch.stack([self.population(block, x).sum(0) for block in blocks]).sum(0)
+                right += int(((logits.argmax(1) == y) & logits.isfinite().all(1)).sum())
         return right / len(part.labels)
 
     def train_forward(self, vectors: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -314,7 +314,7 @@ class PropertyPredictor:
                 fit if isinstance(fit, str) else f"{name} is the same for all test checkpoints: no score has a meaning"
             )
             note = "; ".join([reason, *notes])
-            return Score(features, name, nan, nan, nan, nan, nan, nan, nan, runs, note), torch.zeros(0)
+            return Score(features, name, nan, nan, nan, nan, nan, nan, nan, runs, note, measure=measure), torch.zeros(0)
         predicted = self.predict(features, name, test.features[features])
         drawn = quality(predicted[known], target[known], weights[:, known])
         low, high = _interval(drawn)

@@ -69,12 +69,14 @@ class PrepareConfig:
         """Reject what cannot be done."""
         if isinstance(self.token_size, int) and self.token_size < 1:
             raise ValueError(f"token_size must be at least 1, auto or legacy-auto, got {self.token_size}")
-        if min(self.fractions) < 0 or abs(sum(self.fractions) - 1) > 1e-8:
+        if min(self.fractions) < 0 or not abs(sum(self.fractions) - 1) <= 1e-8:  # NaN
             raise ValueError(f"fractions must be three that sum to 1, got {self.fractions}")
         if not 0 <= self.min_quantile < 1:
             raise ValueError(f"min_quantile must be from 0 to below 1, got {self.min_quantile}")
-        if self.max_runs < 0 or self.max_abs <= 0:
-            raise ValueError("max_runs must not be negative and max_abs must be positive")
+        if self.max_runs < 0 or not self.max_abs > 0:
+            raise ValueError(
+                f"max_runs must not be negative and max_abs must be positive, got {self.max_runs} and {self.max_abs}"
+            )
 
 
 class Samples(NamedTuple):
@@ -226,6 +228,10 @@ def open_prepared(path: str | Path, zoo: Zoo | str | Path | None = None) -> Prep
     normalization = Normalization.from_document(
         document["normalization"], tokenizer, legacy_double_bn=config.legacy_double_bn
     )
+    if missing := {run for runs in document["runs"].values() for run in runs}.difference(zoo.run_ids):
+        raise ValueError(
+            f"the zoo {zoo.path} lacks {len(missing)} runs of {path}, as {min(missing)}: restore its shards, or prepare it again"
+        )
     empty = torch.zeros(0, dtype=torch.int64)
     samples = {
         split: Samples(

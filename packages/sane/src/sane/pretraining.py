@@ -111,10 +111,11 @@ def pretrain(
             report = run.loop(folder, limit_seconds, quiet or not processes.first)
         if report.finished and processes.first:
             run.saned().save(folder / "model.safetensors")
-        if processes.first and importlib.util.find_spec("matplotlib"):
+        log = folder / "metrics.jsonl"  # not there before the first line
+        if processes.first and log.exists() and importlib.util.find_spec("matplotlib"):
             from sane.figures import draw_curves
 
-            draw_curves(folder / "metrics.jsonl", folder / "curves.png")
+            draw_curves(log, folder / "curves.png")
         processes.wait()
     return report
 

@@ -3,6 +3,7 @@
 Shapes: ``a`` anchors and ``n`` samples of ``k`` tokens with ``l`` latent numbers; checkpoints of ``d`` numbers.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -39,8 +40,8 @@ class KernelDensity:
         """Reject what is no density."""
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}")
-        if self.bandwidth < 0:
-            raise ValueError(f"bandwidth must not be negative, got {self.bandwidth}")
+        if not 0 <= self.bandwidth < math.inf:
+            raise ValueError(f"bandwidth must not be negative and must be finite, got {self.bandwidth}")
 
     def draw(self, anchors: Tensor, n: int, seed: int = 42) -> Tensor:
         """Latents (n, k, l) in the dtype of the anchors (a, k, l).
@@ -142,7 +143,7 @@ class Sampler:
         _check_at_least("draws", draws, n)
         vectors = self.decode(self.density.draw(self.anchors, draws, seed))
         scores = score(vectors)
-        best = scores.argsort(descending=True)[:n]
+        best = _ranked(scores)[:n]
         return Sampled(vectors[best], scores[best])
 
     def bootstrapped(self, n: int, score: Score, *, draws: int, keep: int, iterations: int, seed: int = 42) -> Sampled:
@@ -159,7 +160,7 @@ class Sampler:
             latents = self.density.draw(anchors, draws, seed + iteration)
             vectors = self.decode(latents)
             scores = score(vectors)
-            order = scores.argsort(descending=True)
+            order = _ranked(scores)
             anchors = latents[order[:keep]]
             kept, dropped = scores[order[:keep]], scores[order[keep:]]
             pairs = [
@@ -168,6 +169,11 @@ class Sampler:
             rounds.append(Round(*pairs[0], *pairs[1]))
         best = order[:n]
         return Sampled(vectors[best], scores[best], tuple(rounds))
+
+
+def _ranked(scores: Tensor) -> Tensor:
+    """Indices, the best score first; NaN is the worst, not the largest as for torch."""
+    return torch.where(scores.isnan(), -torch.inf, scores).argsort(descending=True)
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:

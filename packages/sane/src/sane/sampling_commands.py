@@ -16,6 +16,7 @@ from sane.cli import FinetuneCommand, SampleCommand
 from sane.commands import (
     check_folder,
     check_least,
+    check_rate,
     conditioning,
     finite,
     halo_of,
@@ -36,10 +37,11 @@ def sample(command: SampleCommand) -> None:
     """Sample networks, and compare them with what costs nothing."""
     counts = {name: getattr(command, name) for name in ("num", "anchors", "train_images", "judge_images")}
     check_least(1, **counts)
-    check_least(0, epochs=command.epochs, condition=command.condition)
+    check_least(0, epochs=command.epochs, condition=command.condition, seed=command.seed)
+    check_rate(command.lr)
     for path in (command.out, command.report):
         if path is not None:
-            check_folder(path)
+            check_folder(path, command.model, command.prepared)
     model, prepared = model_and_zoo(command.model, command.prepared, command.device)
     normed = command.condition > 0 and any(n.endswith("running_var") for n in prepared.tokenizer.layout.names)
     judged = command.strategy != "plain" or not command.no_compare or command.choose == "best" or normed
@@ -64,6 +66,11 @@ def sample(command: SampleCommand) -> None:
     else:
         found = sampler.bootstrapped(
             command.num, score, draws=command.draws, keep=command.keep, iterations=command.iterations, seed=command.seed
+        )
+    if broken := int((~found.vectors.isfinite().all(1)).sum()):
+        raise ValueError(
+            f"{broken} of the {command.num} sampled networks have weights that are not finite: use a smaller --bandwidth "
+            f"(it is {command.bandwidth:g})"
         )
     facts = {**model.facts, "strategy": command.strategy, "mode": command.mode, "seed": command.seed}
     save_checkpoint(command.out, prepared.tokenizer.layout.unflatten(found.vectors), facts)
@@ -91,12 +98,15 @@ def sample(command: SampleCommand) -> None:
             "zero-shot",
             "std",
             "best",
-            f"after {command.epochs} epoch{'s' if command.epochs > 1 else ''}",
+            f"after {command.epochs} epoch{'' if command.epochs == 1 else 's'}",
             "best",
             "ensemble",
         ]
         print_table(head, [[*a, *b] for a, b in zip(rows, tuned, strict=True)])
-    show({key: value for key, value in report.items() if key not in ("groups", "rounds")}, False)
+    show({key: value for key, value in report.items() if key not in ("groups", "rounds", "novelty")}, False)
+    if "novelty" in report:
+        print("distance to the nearest training checkpoint, by the norm of the network, after alignment:")
+        show(report["novelty"], False, "  ")
 
 
 def _anchors(
@@ -175,9 +185,10 @@ def fresh_networks(prepared: Prepared, count: int, seed: int) -> list[torch.nn.M
 def finetune(command: FinetuneCommand) -> None:
     """Train stacked networks on and judge them."""
     check_least(1, batch=command.batch, train_images=command.train_images, reset_classifier=command.reset_classifier)
-    check_least(0, epochs=command.epochs)
+    check_least(0, epochs=command.epochs, seed=command.seed)
+    check_rate(command.lr)
     if command.out is not None:
-        check_folder(command.out)
+        check_folder(command.out, command.networks)
     if command.networks.is_dir():
         raise ValueError(f"{command.networks} is a folder: give a file of `sane sample`")
     content = load_checkpoint(command.networks)
@@ -196,6 +207,10 @@ def finetune(command: FinetuneCommand) -> None:
     vectors = networks.layout.flatten(state)
     if vectors.ndim == 1:
         vectors = vectors[None]
+    if broken := int((~vectors.isfinite().all(1)).sum()):
+        raise ValueError(
+            f"{broken} of the {len(vectors)} networks in {command.networks} have weights that are not finite"
+        )
     told, there = networks.population(vectors[:1], splits.test.images[:1]).shape[-1], int(splits.train.labels.max()) + 1
     if told < there:
         raise ValueError(

@@ -101,7 +101,9 @@ class WindowDataset:
             ValueError: A batch is larger than an epoch.
         """
         if not 1 <= size <= len(self):
-            raise ValueError(f"batch ({size}) must be from 1 to the {len(self)} windows of an epoch")
+            raise ValueError(
+                f"batch ({size}) must be from 1 to the {len(self)} windows of an epoch: a larger supersample gives more"
+            )
         return len(self) // size
 
     def batch(self, size: int, step: int, rows: np.ndarray | None = None) -> Batch:

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from zoo_common.datasets import Part, Splits
+from zoo_common.formats.state_dicts import read_state
 from zoo_common.layout import ParameterLayout
-from zoo_common.untrusted import load_untrusted
 from zoo_common.zoo import Run
 
 from sane.networks import build_network
@@ -67,7 +66,7 @@ def train_run(
     with seeded(config["seed"]):
         network = build_network(config).to(images.device)
         if start is not None:
-            network.load_state_dict(read_state(start))
+            network.load_state_dict(read_state(Path(start)))
         optimizer, batch = make_optimizer(network, config), config["training::batchsize"]
         steps = len(images) // batch
         schedule = None
@@ -140,14 +139,3 @@ def seeded(seed: int) -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(threads)
-
-
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; give the weights to start from as .safetensors or .pt")
-    found = load_file(path) if str(path).endswith(".safetensors") else load_untrusted(path)
-    found = found.get("model", found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"{path}: expected a state dict, tensors by name")
-    return found

@@ -97,7 +97,7 @@ class Zoo:
             FileExistsError: There is a zoo already.
             ValueError: An argument is wrong, or differs from those of the zoo that is there.
         """
-        if len(split) != 3 or min(split) < 0 or abs(sum(split) - 1) > 1e-9:
+        if len(split) != 3 or min(split) < 0 or not abs(sum(split) - 1) <= 1e-9:  # NaN
             raise ValueError(f"split must be three fractions that sum to 1, got {tuple(split)}")
         if dtype not in STORAGES:
             raise ValueError(f"dtype must be one of {', '.join(STORAGES)}, got {dtype!r}")
