@@ -32,7 +32,9 @@ def test_a_model_is_read_back_bit_by_bit(model, prepared, tmp_path):
 
 def test_a_damaged_or_foreign_file_is_named(workshop, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((workshop / "results/small/model.safetensors").read_bytes()[:-9])
-    for path, match in ((tmp_path, "model.safetensors"), (tmp_path / "absent", "there is no model")):
+    torch.save({}, tmp_path / "state.pt")
+    cases = ((tmp_path, "model.safetensors"), (tmp_path / "absent", "there is no model"))
+    for path, match in (*cases, (tmp_path / "state.pt", "a file of torch: give model.safetensors")):
         with pytest.raises((ValueError, FileNotFoundError), match=match):
             load_model(path)
 

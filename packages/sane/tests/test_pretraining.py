@@ -286,6 +286,7 @@ def test_published_sizes():
         ("small", ["training.batch=30", "training.accumulate=16"], r"accumulate \(16\) must divide the batch \(30\)"),
         ("small", ["training.epochs=0"], "training.epochs must be at least 1"),
         ("small", ["optim.lr=0"], "lr and clip must be positive"),
+        ("small", ["optim.lr=1e40"], "numbers of float32, got 1e.40"),
         ("small", ["name=a/b"], "plain folder name"),
         ("small", ["name=.."], "plain folder name"),
         ("small", ["training=3"], "training: expected a group of keys, got 3"),

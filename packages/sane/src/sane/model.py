@@ -215,6 +215,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> SaneMode
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.exists():
         raise FileNotFoundError(f"there is no model {path}: give a model file, or the folder of a finished training")
+    if path.suffix in (".pt", ".pth"):
+        raise ValueError(f"{path} is a file of torch: give model.safetensors, or the folder of a finished training")
     checkpoint = load_checkpoint(path)
     document = checkpoint.metadata
     if document.get("kind") != "sane-model":

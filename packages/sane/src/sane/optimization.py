@@ -8,6 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
+_MOST = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True)
 class OptimizationConfig:
@@ -25,10 +27,10 @@ class OptimizationConfig:
 
     def __post_init__(self) -> None:
         """Reject what cannot train."""
-        if self.lr <= 0 or self.weight_decay < 0 or self.clip <= 0:
+        if not (0 < self.lr <= _MOST and 0 <= self.weight_decay <= _MOST and 0 < self.clip):
             raise ValueError(
-                f"lr and clip must be positive and weight_decay not negative, got {self.lr}, {self.clip}, "
-                f"{self.weight_decay}"
+                f"lr and clip must be positive and weight_decay not negative, numbers of float32, got {self.lr}, "
+                f"{self.clip}, {self.weight_decay}"
             )
 
 
