@@ -97,7 +97,7 @@ def assert_terms(terms, stored):
             assert_close(getattr(terms, ours), stored[name], "sane/steps" if "step" in stored else "sane/loss", name)
 
 
-@pytest.mark.golden("train_steps.json", cases="runs")
+@pytest.mark.golden("train_steps.json", cases="runs", having="runs")
 def test_optimizer_steps_are_the_published_ones(golden):
     case, published, tag = golden.case, golden.case["config"], golden.case["tag"]
     config = config_of(published)
