@@ -88,15 +88,11 @@ def test_polar_coordinates_are_the_published_ones(golden):
 
 
 @pytest.mark.golden("downstream.json")
-def test_spectral_features_are_near_the_published_package(golden):
-    """Another package fits the tails; norms agree, exponents loosely."""
+def test_spectral_features_are_those_of_the_published_package(golden):
     case = golden.case["weightwatcher"]
     layout, vectors = checkpoints(case, [case["tag"]])
     tokenizer = ChannelTokenizer.from_layout(layout, "auto", ignore_bn=True)
     ours = dict(zip(SPECTRAL, spectral_features(vectors, tokenizer, summary=True)[0].tolist(), strict=True))
     stored = dict(zip(case["keys"], case["values"], strict=True))
     assert list(stored) == list(ours)
-    for name in ("log_norm", "log_spectral_norm", "stable_rank"):
-        assert ours[name] == pytest.approx(stored[name], rel=1e-6)
-    for name in ("alpha", "alpha_weighted", "log_alpha_norm"):
-        assert ours[name] == pytest.approx(stored[name], rel=0.2)
+    assert ours == pytest.approx(stored, rel=1e-6)
