@@ -77,6 +77,7 @@ def test_matching_finds_the_published_permutations(golden):
     planted = kind == "planted"
     sizes = case["perm_sizes"] if planted else {name: len(found) for name, found in case["found"].items()}
     net, symmetry = symmetry_of(case["name"], list(sizes.values()), shapes_in(golden))
+    sizes = {name: size for name, size in sizes.items() if size > 1}  # a single unit has nothing to change places with
     assert [group.size for group in symmetry.groups] == list(sizes.values())
     layout, generator = symmetry.layout, None
     reference = weights(net, layout, f"{tag}A/")
@@ -95,13 +96,15 @@ def test_matching_finds_the_published_permutations(golden):
     (aligned,) = symmetry.apply(vector[None], found)
 
     stored = case["found_first12" if planted else "found"]
-    assert {name: p[0, : len(stored[name])].tolist() for name, p in zip(sizes, found, strict=True)} == stored
+    for name, permutation in zip(sizes, found, strict=True):
+        assert permutation[0, : len(stored[name])].tolist() == stored[name], name
     for when, value in (("before", vector), ("after", aligned)):
         assert_close((value.double() - reference.double()).norm(), case[f"distance_{when}"], what=f"distance {when}")
         assert_close(value.double() @ reference.double(), case[f"inner_product_{when}"], what=f"product {when}")
     if planted:
-        right = [torch.equal(f[0], torch.from_numpy(p).argsort()) for f, p in zip(found, applied, strict=True)]
-        assert dict(zip(sizes, right, strict=True)) == case["found_equals_argsort_of_planted"]
+        for name, f, p in zip(sizes, found, applied, strict=True):
+            right = torch.equal(f[0], torch.from_numpy(p).argsort())
+            assert right == case["found_equals_argsort_of_planted"][name], name
         assert case["aligned_B"]
         state = {**net.state_dict(), **layout.unflatten(aligned)}
         for name, stats in case["aligned_B"].items():
