@@ -63,14 +63,14 @@ def test_ridge_regressions_are_the_published_ones(golden):
 
 @pytest.mark.golden("downstream.json", cases="classification")
 def test_the_linear_classifier_is_no_worse_than_the_published_one(golden):
-    """That depends on the shuffling of its batches, so only the accuracies are compared."""
+    """That depends on the shuffling of its batches, so only the accuracies are compared, to two standard errors."""
     case = golden.case
     x = fill(case["tag"] + "X", (case["n"], case["d"]))
     y = ((x[:, 0] > 0).int() + (x[:, 1] > 0.5).int()).double()
     half = case["n"] // 2
     fit = fit_classifier(x[:half], y[:half], x[:half], y[:half])
-    assert accuracy(fit(x[:half]), y[:half]) >= case["acc_train"]
-    assert accuracy(fit(x[half:]), y[half:]) >= case["acc_test"]
+    assert accuracy(fit(x[:half]), y[:half]) >= case["acc_train"] - half**-0.5
+    assert accuracy(fit(x[half:]), y[half:]) >= case["acc_test"] - half**-0.5
 
 
 def test_strengths_are_the_published_ones():

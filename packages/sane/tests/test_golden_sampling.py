@@ -16,7 +16,10 @@ from zoo_common import ChannelTokenizer, HaloWindows, ParameterLayout
 def test_draws_and_networks_are_the_published_ones(golden):
     case, tag = golden.case, golden.case["tag"]
     tokens, size = case["tokens_shape"]
-    anchors = fill(tag + "anchor_z", (case["n_anchors"], tokens, case["lat_dim"]))
+    scale = re.search(
+        r"anchor_z',\([^)]*\),([\d.]+)\).*decoder_matrix',\([^)]*\),([\d.]+)\)", golden.document["recipe"]
+    )
+    anchors = fill(tag + "anchor_z", (case["n_anchors"], tokens, case["lat_dim"]), float(scale[1]))
     density = KernelDensity(case["mode"], case["bandwidth"], shared_noise=True)
     z = density.draw(anchors, case["repetitions"], case["random_state"])
     assert_stats(z, case["z"], "sane/kde", "latents")
@@ -34,7 +37,7 @@ def test_draws_and_networks_are_the_published_ones(golden):
     layout = ParameterLayout.from_state_dict(state)
     tokenizer = ChannelTokenizer.from_layout(layout, case["tokensize"] or "legacy-auto")
     assert tokenizer.shape == (tokens, size)
-    matrix = fill(tag + "decoder_matrix", (size, case["lat_dim"]), 0.3)
+    matrix = fill(tag + "decoder_matrix", (size, case["lat_dim"]), float(scale[2]))
     if case["halo"]:
         windows = HaloWindows(tokens, *case["halo"])
         decoded = windows.merge(windows.split(z) @ matrix.T)

@@ -38,10 +38,11 @@ def published_zoo(path, stored):
 
     runs = []
     for i in range(int(count)):
-        params = layout.stack([filled_state(network.state_dict(), of(tag, i, epoch)) for epoch in epochs])
+        states = [filled_state(network.state_dict(), of(tag, i, epoch)) for epoch in epochs]
+        buffers = {spec.name: torch.stack([state[spec.name] for state in states]) for spec in layout.buffers}
         noise = np.array([fill(of(noise_tag, i, epoch), (1,), float(scale))[0].item() for epoch in epochs])
         metrics = {name: float(line[1]) + noise + float(line[2]) * e for name, line in lines.items()}
-        runs.append(Run(of(names, i, 0), params, epochs, metrics, config))
+        runs.append(Run(of(names, i, 0), layout.stack(states), epochs, metrics, config, buffers))
     zoo = Zoo.create(path, layout=layout)
     zoo.append(runs)
     return zoo
@@ -60,6 +61,7 @@ def published_config(stored):
         max_runs=info["max_samples"],
         max_abs=info["weight_threshold"],
         steps=tuple(info["epoch_list"]),
+        legacy_double_bn=True,
     )
 
 

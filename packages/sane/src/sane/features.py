@@ -134,7 +134,9 @@ def spectral_features(vectors: Tensor, tokenizer: ChannelTokenizer, *, summary: 
         rows = [norm.log10(), alpha, alpha * largest.log10(), log_alpha_norm, largest.log10(), norm / largest]
         found.append(torch.stack(rows, 1))
     if not found:
-        raise ValueError(f"no layer has {_LEAST} eigenvalues: there is no spectrum; choose other baselines than spectra")
+        raise ValueError(
+            f"no layer has {_LEAST} eigenvalues: there is no spectrum; choose other baselines than spectra"
+        )
     return torch.stack(found).mean(0) if summary else torch.cat(found, dim=1)
 
 
