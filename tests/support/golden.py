@@ -7,8 +7,10 @@ A test names its file and where the cases stand in it::
 
 It runs once for each entry of that list or mapping (once in all without ``cases``), on
 ``packages/<name>/tests/golden/`` or on the folder that the environment variable ``GOLDEN_DIR`` names. The name may be a
-pattern (``transformer_forward_real_*.json``) for files of one format. A file that is absent from ``GOLDEN_DIR`` gives
-no test. The summary prints the number of cases per file; a golden run without a single case fails.
+pattern (``transformer_forward_real_*.json``) for files of one format; ``having="key"`` passes over files of another
+package's format that have the same name. A file that is absent from ``GOLDEN_DIR`` gives no test; a file without a
+single case, or without a list that its format has, fails. The summary prints the number of cases per file, and the
+files that no test read; a golden run without a single case fails.
 """
 
 import json
@@ -113,6 +115,17 @@ class Golden:
         return {name: torch.from_numpy(array) for name, array in self.arrays.items()}
 
 
+@dataclass(frozen=True)
+class Absent:
+    """Stands for cases that are not there."""
+
+    path: Path | None
+    """The file; None if there is none."""
+    why: str = ""
+    fatal: bool = False
+    """Wrong even if the file has other cases."""
+
+
 def _folder(test_file: Path) -> Path:
     chosen = os.environ.get("GOLDEN_DIR")
     if chosen:
@@ -123,18 +136,27 @@ def _folder(test_file: Path) -> Path:
     return test_file.parent / "golden"
 
 
-def _cases(path: Path, where: str | None) -> Iterator[Golden]:
+def _cases(path: Path, where: str | None, one_of_many: bool = False) -> Iterator[Golden | Absent]:
+    """The cases of a file; ``one_of_many``: a file of a pattern, which may lack a list."""
     document = json.loads(path.read_text()) if path.suffix == ".json" else None
     if where is None:
         yield Golden(path, path.stem, document, document)
         return
     found = document
     for key in where.split("."):
-        found = found.get(key, []) if isinstance(found, dict) else found[int(key)]
+        if isinstance(found, dict) and key not in found:
+            yield Absent(path, f"{path} has no {where!r} (it has {', '.join(found)})", fatal=not one_of_many)
+            return
+        found = found[key] if isinstance(found, dict) else found[int(key)]
+    if not found:
+        yield Absent(path, f"{path} has no case: its {where!r} is empty")
     items = found.items() if isinstance(found, dict) else enumerate(found)
     for key, case in items:
         name = case.get("name", case.get("config", key)) if isinstance(case, dict) else key
         yield Golden(path, str(name) if isinstance(name, str) else str(key), case, document)
+
+
+_read: set[Path] = set()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -146,19 +168,35 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     paths = sorted(folder.glob(pattern))
     if not paths and not os.environ.get("GOLDEN_DIR"):
         raise pytest.UsageError(f"golden file {folder / pattern} is missing")
-    cases = [case for path in paths for case in _cases(path, marker.kwargs.get("cases"))]
-    ids = [f"{case.path.name}-{i}-{case.name}" for i, case in enumerate(cases)]
-    metafunc.parametrize("golden", cases or [None], ids=ids or ["absent"])
+    if "having" in marker.kwargs:
+        paths = [path for path in paths if marker.kwargs["having"] in json.loads(path.read_text())]
+    _read.update(paths)
+    cases = [case for path in paths for case in _cases(path, marker.kwargs.get("cases"), "*" in pattern)]
+    ids = [f"{c.path.name}-{i}-{c.name}" if isinstance(c, Golden) else f"absent{i}" for i, c in enumerate(cases)]
+    metafunc.parametrize("golden", cases or [Absent(None)], ids=ids or ["absent"])
+
+
+def _golden(item: pytest.Item) -> Golden | Absent | None:
+    return item.callspec.params.get("golden") if hasattr(item, "callspec") else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Pass over the files that ``GOLDEN_DIR`` does not hold."""
+    """Pass over the files that ``GOLDEN_DIR`` does not hold, and over empty lists of files that have other cases."""
+    known = {golden.path for item in items if isinstance(golden := _golden(item), Golden)} | {None}
     absent = [
-        item for item in items if getattr(item, "callspec", None) and item.callspec.params.get("golden", 0) is None
+        item
+        for item in items
+        if isinstance(golden := _golden(item), Absent) and not golden.fatal and golden.path in known
     ]
     if absent:
         config.hook.pytest_deselected(items=absent)
         items[:] = [item for item in items if item not in absent]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Fail for a file that has not the cases it should have."""
+    if isinstance(golden := _golden(item), Absent):
+        pytest.fail(golden.why, pytrace=False)
 
 
 _ran: Counter[str] = Counter()
@@ -178,6 +216,9 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         terminalreporter.section("golden cases")
         for file, count in sorted(_ran.items()):
             terminalreporter.write_line(f"{count:5d}  {file}")
+    for path in sorted({file for folder in {p.parent for p in _read} for file in folder.glob("*.json")} - _read):
+        if os.environ.get("GOLDEN_DIR"):
+            terminalreporter.write_line(f"no test  {path.name}")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

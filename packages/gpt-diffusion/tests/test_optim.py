@@ -26,7 +26,7 @@ def test_learning_rates_are_the_published_ones(golden):
         assert_close(learning_rate(epoch, **settings), expected, "float64", f"lr at {epoch}")
 
 
-@pytest.mark.golden("train_steps.json")
+@pytest.mark.golden("train_steps.json", having="training")
 def test_training_steps_are_the_published_ones(golden, filled_model):
     case = golden.case
     training, tag = case["training"], case["tag"]

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from sane.features import SPECTRAL, layer_statistics, spectral_features, to_polar
-from sane.networks import build_network
+from sane.networks import build_network, input_shape
 from sane.prediction import REGULARISATIONS, accuracy, fit_classifier, fit_ridge, r_squared, ridge_path
 from support.autoencoders import filled_state
 from support.golden import assert_close, fill
@@ -13,7 +13,8 @@ from zoo_common import ChannelTokenizer, ParameterLayout
 
 
 def checkpoints(case, names):
-    config = {"model::type": case["model_type"], "model::channels_in": case.get("channels_in", 3), "model::o_dim": 10}
+    config = {"model::type": case["model_type"], "model::o_dim": case.get("o_dim", 10)}
+    config["model::channels_in"] = case.get("channels_in", input_shape(config)[0])
     states = [filled_state(build_network(config).state_dict(), name) for name in names]
     layout = ParameterLayout.from_state_dict(states[0])
     return layout, layout.stack(states)
@@ -25,7 +26,8 @@ def test_layer_statistics_are_the_published_ones(golden):
     layout, vectors = checkpoints(case, [f"{case['tag']}m{i}/" for i in range(case["n_models"])])
     tokenizer = ChannelTokenizer.from_layout(layout, case["tokensize"] or "legacy-auto")
     features = layer_statistics(tokenizer.tokenize(vectors), tokenizer, include_padding=True)
-    assert features.dtype == torch.float64
+    assert list(tokenizer.shape) == case["tokens_shape"]
+    assert (str(features.dtype), list(features.shape)) == (case["feature_dtype"], case["feature_shape"])
     assert_close(features, case["features"], "sane/features")
 
 
@@ -61,14 +63,14 @@ def test_ridge_regressions_are_the_published_ones(golden):
 
 @pytest.mark.golden("downstream.json", cases="classification")
 def test_the_linear_classifier_is_no_worse_than_the_published_one(golden):
-    """That depends on the shuffling of its batches, so only the accuracies are compared."""
+    """That depends on the shuffling of its batches, so only the accuracies are compared, to two standard errors."""
     case = golden.case
     x = fill(case["tag"] + "X", (case["n"], case["d"]))
     y = ((x[:, 0] > 0).int() + (x[:, 1] > 0.5).int()).double()
     half = case["n"] // 2
     fit = fit_classifier(x[:half], y[:half], x[:half], y[:half])
-    assert accuracy(fit(x[:half]), y[:half]) >= case["acc_train"]
-    assert accuracy(fit(x[half:]), y[half:]) >= case["acc_test"]
+    assert accuracy(fit(x[:half]), y[:half]) >= case["acc_train"] - half**-0.5
+    assert accuracy(fit(x[half:]), y[half:]) >= case["acc_test"] - half**-0.5
 
 
 def test_strengths_are_the_published_ones():
@@ -79,20 +81,18 @@ def test_strengths_are_the_published_ones():
 @pytest.mark.golden("downstream.json", cases="polar")
 def test_polar_coordinates_are_the_published_ones(golden):
     stored = torch.tensor(golden.case["polar"])
-    x = stored[:, :1] * stored[:, 1:].cos()
+    x = fill(golden.case["tag"] + "z", (len(stored), stored.shape[1] - 1))
     assert_close(to_polar(x), stored, "sane/forward")
+    back = to_polar(x)[:, :1] * to_polar(x)[:, 1:].cos()
+    assert (back - x).abs().max() <= 2 * golden.case["roundtrip_error"] + 1e-6
 
 
 @pytest.mark.golden("downstream.json")
-def test_spectral_features_are_near_the_published_package(golden):
-    """Another package fits the tails; norms agree, exponents loosely."""
+def test_spectral_features_are_those_of_the_published_package(golden):
     case = golden.case["weightwatcher"]
     layout, vectors = checkpoints(case, [case["tag"]])
     tokenizer = ChannelTokenizer.from_layout(layout, "auto", ignore_bn=True)
     ours = dict(zip(SPECTRAL, spectral_features(vectors, tokenizer, summary=True)[0].tolist(), strict=True))
     stored = dict(zip(case["keys"], case["values"], strict=True))
     assert list(stored) == list(ours)
-    for name in ("log_norm", "log_spectral_norm", "stable_rank"):
-        assert ours[name] == pytest.approx(stored[name], rel=1e-6)
-    for name in ("alpha", "alpha_weighted", "log_alpha_norm"):
-        assert ours[name] == pytest.approx(stored[name], rel=0.2)
+    assert ours == pytest.approx(stored, rel=1e-6)

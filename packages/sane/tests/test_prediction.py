@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from sane.features import by_layer, layer_axes, tensor_statistics
+from sane.features import SPECTRAL, by_layer, layer_axes, spectral_features, tensor_statistics
+from sane.networks import build_network
 from sane.prediction import (
     Labelled,
     PropertyPredictor,
@@ -13,6 +14,7 @@ from sane.prediction import (
     resample_runs,
     ridge_path,
 )
+from support.autoencoders import filled_state
 from zoo_common import ChannelTokenizer, ParameterLayout
 
 
@@ -198,3 +200,19 @@ def test_summaries_along_principal_axes_do_not_depend_on_how_latents_are_turned(
     torch.testing.assert_close(along, spread)
     assert torch.equal(axes[1].abs(), torch.eye(3).double())  # a layer of one token has no spread: any axes do
     assert by_layer(latents, tokenizer, axes).isfinite().all()
+
+
+def test_spectra_are_those_of_weightwatcher():
+    """Its version 0.7.7 gave these means; the first layer has matrices of one row, 25 of them."""
+    config = {"model::type": "CNN", "model::channels_in": 1, "model::o_dim": 10}
+    state = filled_state(build_network(config).state_dict(), "ww/c/")
+    layout = ParameterLayout.from_state_dict(state)
+    found = spectral_features(layout.flatten(state)[None], ChannelTokenizer.from_layout(layout), summary=True)[0]
+    values = (0.3382443105, 5.9760472369, -4.0639169735, -3.7032546, -0.6272524628, 12.8272753635)
+    assert dict(zip(SPECTRAL, found.tolist(), strict=True)) == pytest.approx(dict(zip(SPECTRAL, values, strict=True)))
+
+
+def test_seven_eigenvalues_are_no_spectrum():
+    layout = ParameterLayout.from_state_dict({"a.weight": torch.ones(9, 7), "b.weight": torch.ones(7, 1, 1, 1)})
+    with pytest.raises(ValueError, match="no layer has 8 eigenvalues"):
+        spectral_features(torch.ones(1, layout.size), ChannelTokenizer.from_layout(layout))

@@ -8,6 +8,7 @@ import torch
 from sane.networks import build_network
 from sane.preparation import PrepareConfig, Prepared, network_of, open_prepared, prepare
 from sane.properties import read_property
+from sane.windows import WindowDataset
 from support.autoencoders import filled_state, zoo_of_networks
 from support.golden import assert_close, fill
 from zoo_common import ParameterLayout, Run, Zoo
@@ -20,6 +21,7 @@ def published_zoo(path, stored):
     recipe, epochs = stored["recipe"], stored["dataset_info_train"]["epoch_list"]
     kind, channels = re.search(r"(\w+) \((\d+) input channels", recipe).groups()
     config = {"model::type": kind, "model::channels_in": int(channels), "model::o_dim": 10}
+    count, names = re.search(r"zoo: (\d+) trials, directory names '([^']*)'", recipe).groups()
     (tag,) = re.findall(r"t='(\S+?/m<i>/e<e>/)'", recipe)
     noise_tag, scale = re.search(r"fill\('([^']*<i>/<e>)',\(1,\),([\d.]+)\)", recipe).groups()
     lines = {name: re.search(rf"{name}=([\d.]+)\+a\+([\d.]+)\*e", recipe) for name in ("train_acc", "test_acc")}
@@ -27,17 +29,43 @@ def published_zoo(path, stored):
     layout, e = ParameterLayout.from_module(network), np.array(epochs)
 
     def of(name, i, epoch):
-        return name.replace("<i>", str(i)).replace("<e>", str(epoch))
+        """A name with its places <i>, <i:03d>, <i+1>, <e> filled in."""
+        return re.sub(
+            r"<([ie])(?:\+(\d+))?(:\w+)?>",
+            lambda found: format((i if found[1] == "i" else epoch) + int(found[2] or 0), (found[3] or ":")[1:]),
+            name,
+        )
 
     runs = []
-    for i, trial in enumerate(sorted(stored["shuffled_order"])):
-        params = layout.stack([filled_state(network.state_dict(), of(tag, i, epoch)) for epoch in epochs])
+    for i in range(int(count)):
+        states = [filled_state(network.state_dict(), of(tag, i, epoch)) for epoch in epochs]
+        buffers = {spec.name: torch.stack([state[spec.name] for state in states]) for spec in layout.buffers}
         noise = np.array([fill(of(noise_tag, i, epoch), (1,), float(scale))[0].item() for epoch in epochs])
         metrics = {name: float(line[1]) + noise + float(line[2]) * e for name, line in lines.items()}
-        runs.append(Run(trial, params, epochs, metrics, config))
+        runs.append(Run(of(names, i, 0), layout.stack(states), epochs, metrics, config, buffers))
     zoo = Zoo.create(path, layout=layout)
     zoo.append(runs)
     return zoo
+
+
+def published_config(stored):
+    info, size = stored["dataset_info_train"], int(re.search(r"tokensize (\d+)", stored["recipe"])[1])
+    fractions = info["ds_split"] if len(info["ds_split"]) == 3 else [info["ds_split"][0], 0.0, info["ds_split"][1]]
+    return PrepareConfig(
+        token_size=size or "legacy-auto",
+        ignore_bn="ignore_bn," in stored["recipe"],
+        normalization={True: "standardize", False: "none"}.get(info["standardize"], info["standardize"]),
+        align="last" if info["map_to_canonical"] else "none",
+        split="published",
+        fractions=tuple(fractions),
+        max_runs=info["max_samples"],
+        max_abs=info["weight_threshold"],
+        steps=tuple(info["epoch_list"]),
+        legacy_double_bn=True,
+    )
+
+
+SPLITS = {"train": "train", "val": "validation", "test": "test"}
 
 
 @pytest.mark.golden("pipeline.json")
@@ -45,33 +73,47 @@ def test_splits_statistics_and_properties_are_the_published_ones(golden, tmp_pat
     stored = golden.case
     zoo = published_zoo(tmp_path / "zoo", stored)
     info = stored["dataset_info_train"]
-    config = PrepareConfig(
-        token_size="legacy-auto",
-        ignore_bn=True,
-        split="published",
-        fractions=tuple(info["ds_split"]),
-        max_runs=info["max_samples"],
-        max_abs=info["weight_threshold"],
-        steps=tuple(info["epoch_list"]),
-    )
-    prepared = prepare(zoo, config)
-    names = {"train": "train", "validation": "val", "test": "test"}
-    for split, name in names.items():
-        runs = [zoo.run_ids[run] for run in prepared.samples[split].runs]
-        assert list(dict.fromkeys(runs)) == stored["splits"][name]
+    prepared = prepare(zoo, published_config(stored))
+    order = []
+    for name, ids in stored["splits"].items():
+        runs = [zoo.run_ids[run] for run in prepared.samples[SPLITS[name]].runs]
+        assert list(dict.fromkeys(runs)) == ids
+        order += ids
+    assert stored["shuffled_order"][: len(order)] == order
+    assert len(order) == min(len(zoo), info["max_samples"])
     run, epoch = stored["reference_trial_and_epoch"]
     assert torch.equal(prepared.reference, zoo.params[run, info["epoch_list"].index(epoch)])
-    for split, key in (("train", "normalization_train"), ("validation", "normalization_val")):
-        measured = prepared.measured(split).to_document()
-        assert measured.keys() == stored[key].keys() and measured["mode"] == stored[key]["mode"]
-        for layer, pair in stored[key].items():
-            if layer != "mode":
-                assert_close([measured[layer]["mean"], measured[layer]["std"]], list(pair.values()), "sane/statistics")
     assert prepared.normalization.to_document() == prepared.measured("train").to_document()
     assert [n - 1 for n in prepared.max_positions] == info["max_positions"]
-    for split, key in (("train", "props_first_cycle_train"), ("validation", "props_first_cycle_val")):
-        values = np.stack([prepared.properties(split, name) for name in info["properties"]], 1)
-        assert_close(values, np.array(stored[key]), "float32", key)
+    assert info["properties"] == info["property_keys"]["result_keys"] + info["property_keys"]["config_keys"]
+    for name in ("train", "val"):
+        measured, published = prepared.measured(SPLITS[name]).to_document(), stored[f"normalization_{name}"]
+        assert measured.pop("mode") == published["mode"]
+        assert measured.keys() == published.keys() - {"mode"}
+        for layer, pair in measured.items():
+            assert pair.keys() == published[layer].keys()
+            assert_close(list(pair.values()), [published[layer][key] for key in pair], "sane/statistics", layer)
+        for k, key in enumerate(info["properties"]):
+            values = [row[k] for row in stored[f"props_first_cycle_{name}"]]
+            assert_close(prepared.properties(SPLITS[name], key), values, "float32", f"{key} of {name}")
+
+
+@pytest.mark.golden("pipeline.json")
+def test_windows_are_as_many_and_as_large_as_the_published_samples(golden, tmp_path):
+    """We draw windows when they are needed; the original stored each, with all its permutations, in a file."""
+    stored, info = golden.case, golden.case["dataset_info_train"]
+    prepared = prepare(published_zoo(tmp_path / "zoo", stored), published_config(stored))
+    window = min(info["windowsize"], prepared.tokenizer.shape[0])
+    for name, count in stored["n_samples"].items():
+        data = WindowDataset(prepared, SPLITS[name], window=window, supersample=info["supersample"])
+        assert len(data) == count
+    assert stored["n_samples"][info["split"]] == info["num_samples"] * info["supersample"]
+    batch, shown = data.batch(1, 0), stored["sample_format"]
+    shape = [1 + info["permutation_number"], *batch.views.shape[1:]]  # canonical and permuted, we: two views
+    assert shown["w"] == [shape, str(batch.views.dtype)]
+    for key, part in (("m", batch.mask[0]), ("p", batch.positions[0])):
+        assert shown[key] == [list(part.shape), str(part.dtype)]
+    assert shown["props"] == [[len(info["properties"])], "torch.float32"]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from zoo_common.tokens import ChannelTokenizer
 _PERCENTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 SPECTRAL = ("log_norm", "alpha", "alpha_weighted", "log_alpha_norm", "log_spectral_norm", "stable_rank")
 """What :func:`spectral_features` gives for each layer."""
+_LEAST = 8
+"""Eigenvalues that make a spectrum, and a tail of few."""
 
 
 def layer_statistics(tokens: Tensor, tokenizer: ChannelTokenizer, *, include_padding: bool = False) -> Tensor:
@@ -103,19 +105,23 @@ def weight_chunk(vectors: Tensor, size: int, where: Literal["first", "last", "ra
 def spectral_features(vectors: Tensor, tokenizer: ChannelTokenizer, *, summary: bool = False) -> Tensor:
     """Features of the eigenvalues of W'W of every weight matrix: (n, 6L) float64, in the order of :data:`SPECTRAL`.
 
-    A convolution has a matrix for each place of its kernel, whose eigenvalues are pooled. The features follow WeightWatcher (Martin, Peng, Mahoney 2021); alpha is the exponent of a power law fitted to the tail by
-    maximum likelihood, which begins where the Kolmogorov-Smirnov distance is least (Clauset et al. 2009).
+    A convolution has a matrix for each place of its kernel, whose eigenvalues are pooled. The features follow
+    WeightWatcher (Martin, Peng, Mahoney 2021); alpha is the exponent of a power law fitted to the tail by maximum
+    likelihood, which begins where the Kolmogorov-Smirnov distance is least (Clauset et al. 2009).
 
     Args:
         vectors: Weights (n, d), raw.
-        tokenizer: Its layers that have matrices of at least two rows and columns are used.
+        tokenizer: Its layers that have at least eight eigenvalues are used.
         summary: Take the mean over layers, (n, 6).
+
+    Raises:
+        ValueError: No layer has as many.
     """
     found = []
     shapes = dict(zip(tokenizer.layout.names, tokenizer.layout.shapes, strict=True))
     for layer in tokenizer.layers:
         shape = shapes[layer.weight]
-        if "weight" not in layer.weight or len(shape) < 2 or min(shape[:2]) < 2:
+        if "weight" not in layer.weight or len(shape) < 2 or min(shape[:2]) * math.prod(shape[2:]) < _LEAST:
             continue
         weights = vectors[:, tokenizer.layout.slices[layer.weight]].reshape(-1, *shape[:2], math.prod(shape[2:]))
         values = torch.linalg.svdvals(weights.double().movedim(3, 1)).square().flatten(1)
@@ -124,25 +130,31 @@ def spectral_features(vectors: Tensor, tokenizer: ChannelTokenizer, *, summary: 
         values = values.sort(1, descending=True)[0].clamp_min(1e-20)
         norm, largest = values.sum(1), values[:, 0]
         alpha = power_law_exponent(values)
-        log_alpha_norm = torch.logsumexp(alpha[:, None] * values.log(), 1) / torch.tensor(10.0).log()
+        log_alpha_norm = torch.logsumexp(alpha[:, None] * values.log(), 1) / math.log(10)
         rows = [norm.log10(), alpha, alpha * largest.log10(), log_alpha_norm, largest.log10(), norm / largest]
         found.append(torch.stack(rows, 1))
     if not found:
-        raise ValueError("no layer has a matrix of two rows and columns: there is no spectrum")
+        raise ValueError(
+            f"no layer has {_LEAST} eigenvalues: there is no spectrum; choose other baselines than spectra"
+        )
     return torch.stack(found).mean(0) if summary else torch.cat(found, dim=1)
 
 
 def power_law_exponent(values: Tensor) -> Tensor:
-    """Exponents (n,) of the tails of positive numbers (n, m), sorted in falling order."""
+    """Exponents (n,) of the tails of positive numbers (n, m), sorted in falling order.
+
+    Of fewer than 20 numbers the tail is at least eight, and the estimate is corrected for its bias.
+    """
     count = torch.arange(1, values.shape[1] + 1, dtype=values.dtype, device=values.device)
+    few = values.shape[1] < 20
     logs = values.log()
     excess = logs.cumsum(1) - count * logs  # sum over the tail of log(value / least)
-    alpha = 1 + count / excess.clamp_min(1e-12)
+    alpha = 1 + (count - 1 if few else count) / excess.clamp_min(1e-12)
     model = 1 - torch.exp((1 - alpha)[:, :, None] * (logs[:, None, :] - logs[:, :, None]))  # (n, begin, value)
     empirical = 1 - count[None, None, :] / count[None, :, None]
     tail = count[None, None, :] <= count[None, :, None]
     distance = torch.where(tail, (model - empirical).abs(), 0.0).amax(2)
-    distance[:, :1] = torch.inf  # one value is no tail
+    distance[:, : min(_LEAST, values.shape[1]) - 1 if few else 1] = torch.inf  # one value is no tail
     return alpha.gather(1, distance.argmin(1, keepdim=True))[:, 0]
 
 
