@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from sane.features import SPECTRAL, by_layer, layer_axes, spectral_features, tensor_statistics
+from sane.features import (
+    SPECTRAL,
+    available_baselines,
+    by_layer,
+    layer_axes,
+    spectral_features,
+    tensor_statistics,
+)
 from sane.networks import build_network
 from sane.prediction import (
     Labelled,
@@ -214,5 +221,9 @@ def test_spectra_are_those_of_weightwatcher():
 
 def test_seven_eigenvalues_are_no_spectrum():
     layout = ParameterLayout.from_state_dict({"a.weight": torch.ones(9, 7), "b.weight": torch.ones(7, 1, 1, 1)})
+    tokenizer = ChannelTokenizer.from_layout(layout)
     with pytest.raises(ValueError, match="no layer has 8 eigenvalues"):
-        spectral_features(torch.ones(1, layout.size), ChannelTokenizer.from_layout(layout))
+        spectral_features(torch.ones(1, layout.size), tokenizer)
+    assert available_baselines(("weights", "spectra"), tokenizer) == ("weights",)
+    larger = ChannelTokenizer.from_layout(ParameterLayout.from_state_dict({"a.weight": torch.ones(8, 8)}))
+    assert available_baselines(("weights", "spectra"), larger) == ("weights", "spectra")

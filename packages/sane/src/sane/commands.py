@@ -30,7 +30,7 @@ from sane.cli import (
 )
 from sane.config import config_to_yaml, load_config
 from sane.device import choose_device
-from sane.features import BASELINES, by_layer, layer_axes
+from sane.features import BASELINES, available_baselines, by_layer, layer_axes
 from sane.images import first_images, images_of
 from sane.model import Halo, SaneModel, load_model
 from sane.population import Networks, image_batches
@@ -223,12 +223,15 @@ def predict(command: PredictCommand) -> None:
     if command.out is not None:
         check_folder(command.out, command.model, command.prepared, *command.elsewhere)
     model, prepared = model_and_zoo(command.model, command.prepared, command.device)
+    baselines = available_baselines(command.baselines, prepared.tokenizer)
+    if len(baselines) < len(command.baselines):
+        print("baseline spectra left out: no layer of these networks has eight eigenvalues", file=sys.stderr)
     halo = halo_of(command.halo)
     blocks = prepared.blocks("train", _AXES)
     axes = layer_axes((model.encode(vectors, halo) for _, vectors in blocks), prepared.tokenizer)
 
     def labelled(zoo: Prepared, split: str) -> Labelled:
-        return labelled_split(model, zoo, split, command.properties, command.baselines, halo, axes)
+        return labelled_split(model, zoo, split, command.properties, baselines, halo, axes)
 
     others = {str(path): _fitting(model, path, elsewhere=True, quiet=command.json) for path in command.elsewhere}
     for path, zoo in others.items():

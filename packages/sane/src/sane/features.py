@@ -102,6 +102,19 @@ def weight_chunk(vectors: Tensor, size: int, where: Literal["first", "last", "ra
     return vectors[:, start : start + size]
 
 
+def _matrices(tokenizer: ChannelTokenizer) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the weights that have enough eigenvalues."""
+    shapes = dict(zip(tokenizer.layout.names, tokenizer.layout.shapes, strict=True))
+    weights = [layer.weight for layer in tokenizer.layers if "weight" in layer.weight]
+    large = lambda shape: len(shape) > 1 and min(shape[:2]) * math.prod(shape[2:]) >= _LEAST
+    return [(name, shapes[name]) for name in weights if large(shapes[name])]
+
+
+def available_baselines(names: Sequence[str], tokenizer: ChannelTokenizer) -> tuple[str, ...]:
+    """Those of some baselines that networks have: ``spectra`` needs a layer of eight eigenvalues."""
+    return tuple(name for name in names if name != "spectra" or _matrices(tokenizer))
+
+
 def spectral_features(vectors: Tensor, tokenizer: ChannelTokenizer, *, summary: bool = False) -> Tensor:
     """Features of the eigenvalues of W'W of every weight matrix: (n, 6L) float64, in the order of :data:`SPECTRAL`.
 
@@ -118,12 +131,8 @@ def spectral_features(vectors: Tensor, tokenizer: ChannelTokenizer, *, summary: 
         ValueError: No layer has as many.
     """
     found = []
-    shapes = dict(zip(tokenizer.layout.names, tokenizer.layout.shapes, strict=True))
-    for layer in tokenizer.layers:
-        shape = shapes[layer.weight]
-        if "weight" not in layer.weight or len(shape) < 2 or min(shape[:2]) * math.prod(shape[2:]) < _LEAST:
-            continue
-        weights = vectors[:, tokenizer.layout.slices[layer.weight]].reshape(-1, *shape[:2], math.prod(shape[2:]))
+    for name, shape in _matrices(tokenizer):
+        weights = vectors[:, tokenizer.layout.slices[name]].reshape(-1, *shape[:2], math.prod(shape[2:]))
         values = torch.linalg.svdvals(weights.double().movedim(3, 1)).square().flatten(1)
         if len(shape) > 2:
             values = values / 2  # the package's scale for convolutions
