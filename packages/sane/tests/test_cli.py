@@ -186,7 +186,7 @@ def test_problems_are_one_line_with_a_remedy(workshop, tmp_path, capsys):
         "--condition must be at least 0": ["sample", small, data, "--condition", -3],
         "--resamples must be at least 1": ["predict", small, data, "--resamples", 0],
         "--num must be at least 1": ["diagnose", small, data, "--num", 0],
-        "not enough memory, use smaller sizes": ["pretrain", "small", f"prepared={data}", f"out_dir={tmp_path}", "model.window=12", "model.d_model=10000000", "training.batch=4"],
+        "not enough memory, use smaller sizes": ["pretrain", "small", f"prepared={data}", f"out_dir={tmp_path}", "model.window=12", "model.d_model=1000000000000", "training.batch=4"],
         "--properties is empty": ["predict", small, data, "--properties"],
         "--seed must be at least 0, got -1": ["predict", small, data, "--seed", -1],
         "--lr must not be negative and must be finite, got nan": ["sample", small, data, "--lr", "nan"],
