@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sane.cli import main
+from sane.preparation import open_prepared
 from support.autoencoders import CNN, zoo_of_networks
 from zoo_common import Zoo
 from zoo_common.checkpoint import load_checkpoint, save_checkpoint
@@ -215,6 +216,12 @@ def test_a_zoo_prepared_otherwise_than_the_model_is_refused(workshop, tmp_path, 
     assert "tokens of 50 scalars" in line and "prepare the zoo with its token_size and ignore_bn" in line
     said(capsys, "preprocess", workshop / "zoo", "-o", other, "--token-size", 40, "--split", "published")
     assert "aligned with another reference" in error(capsys, "predict", workshop / "results" / "small", other)
+    prepared = open_prepared(workshop / "prepared.safetensors")
+    prepared.samples["test"] = prepared.samples["train"]
+    prepared.save(other)
+    for command in (["predict"], ["diagnose"], ["sample", "-o", tmp_path / "new.safetensors"]):
+        line = error(capsys, command[0], workshop / "results" / "small", other, *command[1:])
+        assert "of its test runs took part in training or fitting: use the file that the model was trained on" in line
 
 
 def test_other_zoos_are_aligned_with_the_reference_of_the_model(workshop, tmp_path, capsys):
@@ -229,7 +236,9 @@ def test_other_zoos_are_aligned_with_the_reference_of_the_model(workshop, tmp_pa
         assert last[0] is not None and last == pytest.approx(none, rel=1e-3, abs=1e-4)
     own = tmp_path / "own.safetensors"
     said(capsys, "preprocess", workshop / "zoo", "-o", own, "--token-size", 40, "--split", "published")
-    assert "took part in fitting: give another zoo" in error(capsys, "predict", *small, "--elsewhere", own)
+    assert "of its test runs took part in training or fitting: give another zoo" in error(
+        capsys, "predict", *small, "--elsewhere", own
+    )
     line = error(capsys, "predict", small[0], files[1])
     assert "is prepared with align=none, the model's zoo with align=last: use the file it was trained on" in line
 

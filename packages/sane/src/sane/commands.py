@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -234,8 +234,9 @@ def predict(command: PredictCommand) -> None:
         return labelled_split(model, zoo, split, command.properties, baselines, halo, axes)
 
     others = {str(path): _fitting(model, path, elsewhere=True, quiet=command.json) for path in command.elsewhere}
+    seen = [*model.facts.get("trained_on", ()), *prepared.marks("train"), *prepared.marks("validation")]
     for path, zoo in others.items():
-        _check_unseen(prepared, zoo, path)
+        _check_unseen(zoo, path, seen, "give another zoo")
     predictor = PropertyPredictor(labelled(prepared, "train"), labelled(prepared, "validation"))
     elsewhere = {name: labelled(zoo, "test") for name, zoo in others.items()}
     scores = predictor.judge(
@@ -267,12 +268,10 @@ def predict(command: PredictCommand) -> None:
             print(f"{score.property} from {score.features}: {score.note}")
 
 
-def _check_unseen(ours: Prepared, other: Prepared, path: str) -> None:
-    """Reject a zoo whose test runs took part in fitting, as those of the same zoo in another split."""
-    fitted = {ours.zoo.run_ids[run] for split in ("train", "validation") for run in ours.samples[split].runs}
-    for run in sorted(fitted & {other.zoo.run_ids[run] for run in other.samples["test"].runs}):
-        if torch.equal(ours.zoo.params[run], other.zoo.params[run]):  # zoos may give one name to different runs
-            raise ValueError(f"--elsewhere {path}: its test run {run} took part in fitting: give another zoo")
+def _check_unseen(zoo: Prepared, path: Path | str, seen: Iterable[str], remedy: str) -> None:
+    """Reject a zoo with test runs that were trained or fitted on, as those of the same zoo in another split."""
+    if count := len({*zoo.marks("test")} & {*seen}):
+        raise ValueError(f"{path}: {count} of its test runs took part in training or fitting: {remedy}")
 
 
 def labelled_split(
@@ -326,7 +325,7 @@ def _fitting(model: SaneModel, path: Path, *, elsewhere: bool = False, quiet: bo
         quiet: No progress bar.
 
     Raises:
-        ValueError: It holds other networks, or was prepared otherwise.
+        ValueError: It holds other networks, was prepared otherwise, or tests on runs that trained the model.
     """
     prepared = open_prepared(path)
     ours, there = model.tokenizer, prepared.tokenizer
@@ -349,6 +348,7 @@ def _fitting(model: SaneModel, path: Path, *, elsewhere: bool = False, quiet: bo
         )
     if not torch.equal(prepared.reference, model.reference) and align != "none":
         raise ValueError(f"{path} is aligned with another reference than the model: use the file it was trained on")
+    _check_unseen(prepared, path, model.facts.get("trained_on", ()), "use the file that the model was trained on")
     return prepared
 
 

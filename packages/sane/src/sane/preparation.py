@@ -37,6 +37,8 @@ from sane.properties import read_property
 _KIND = "sane-preparation"
 _TOGETHER = 2**25
 """Numbers of weights that are worked on at once."""
+_MARK = 1024
+"""Numbers of a checkpoint that tell a run from others."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,12 @@ class Prepared:
         seen = [self.zoo.layout.id, self.tokenizer.token_size, self.tokenizer.skipped, self.normalization.to_document()]
         taken = [[self.zoo.run_ids[run] for run in s.runs] + s.checkpoints.tolist() for s in self.samples.values()]
         return hashlib.sha256(json.dumps([seen, taken, str(self.config)]).encode()).hexdigest()
+
+    def marks(self, split: str) -> list[str]:
+        """What tells the runs of a split from others: digests of the beginning of their last checkpoints."""
+        runs = np.unique(self.samples[split].runs).tolist()
+        last = [self.zoo.params[run, len(self.zoo.steps[run]) - 1][:_MARK].float().numpy() for run in runs]
+        return sorted(hashlib.blake2b(vector.tobytes(), digest_size=8).hexdigest() for vector in last)
 
     @property
     def max_positions(self) -> tuple[int, int, int]:

@@ -100,7 +100,7 @@ def pretrain(
         state = folder / "state.safetensors"
         going_on = resume and state.exists()
         if config.start is not None and not going_on:
-            _begin_with(run.model, config.start)
+            run.begin_with(config.start)
         logger = open_logger(config) if processes.first else nullcontext(run.sink)
         if processes.first:
             open_folder(config, resume)
@@ -182,6 +182,8 @@ class Pretraining:
         if t.gamma == 1:  # nothing trains the decoder
             for part in (self.model.decoder_comp, self.model.transformer_decoder, self.model.detokenizer):
                 part.requires_grad_(False)
+        self.seen = prepared.marks("train")
+        """Runs that the model has been trained on."""
         self.saned()  # checks that the tokens fit
         self.model.train()
         self.forward: nn.Module = torch.compile(self.model) if t.compile else self.model  # type: ignore[assignment]
@@ -213,8 +215,27 @@ class Pretraining:
     def saned(self) -> SaneModel:
         """The model as it is now, with all that using it needs."""
         p = self.prepared
-        facts = {**facts_of(p.zoo), "align": p.config.align}
+        facts = {**facts_of(p.zoo), "align": p.config.align, "trained_on": self.seen}
         return SaneModel(self.model, p.tokenizer, p.normalization, p.reference, facts)
+
+    def begin_with(self, path: str) -> None:
+        """Take the weights of another autoencoder.
+
+        Raises:
+            ValueError: It has other sizes.
+        """
+        other = load_model(path)
+        state = other.autoencoder.state_dict()
+        here = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        there = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        for name in {**here, **there}:
+            if here.get(name) != there.get(name):
+                raise ValueError(
+                    f"start={path} has another autoencoder: {name} is {there.get(name, 'absent')} there, "
+                    f"{here.get(name, 'absent')} here; use its token size and model.* settings"
+                )
+        self.model.load_state_dict(state)
+        self.seen = sorted({*self.seen, *other.facts.get("trained_on", ())})
 
     def loop(self, folder: Path, limit_seconds: float | None, quiet: bool) -> TrainReport:
         """Train to the end, to the time limit or to Ctrl-C; the state is saved in each case."""
@@ -410,6 +431,7 @@ class Pretraining:
         sums = self.processes.mean(self.sums)
         if self.processes.first:
             progress = {"step": self.step, "loss": self.last_loss, "sums": sums, "data": self.prepared.identity}
+            progress["seen"] = self.seen
             save_training(path, **self._parts(), progress=progress)
         self.processes.wait()
 
@@ -423,6 +445,7 @@ class Pretraining:
             )
         self.step, self.last_loss = progress["step"], progress["loss"]
         self.sums.copy_(progress["sums"])
+        self.seen = progress["seen"]
 
     def _parts(self) -> dict[str, Any]:
         schedulers: dict[str, Any] = {"scaler": self.scaler}
@@ -443,21 +466,3 @@ def _part(batch: Batch, number: int, parts: int) -> Batch:
     rows = slice(number * size, (number + 1) * size)
     views, clean = (torch.cat([half[rows] for half in x.chunk(2)]) for x in (batch.views, batch.clean))
     return Batch(views, clean, batch.mask[rows], batch.positions[rows])
-
-
-def _begin_with(model: Autoencoder, path: str) -> None:
-    """Give an autoencoder the weights of another one.
-
-    Raises:
-        ValueError: It has other sizes.
-    """
-    state = load_model(path).autoencoder.state_dict()
-    here = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    there = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for name in {**here, **there}:
-        if here.get(name) != there.get(name):
-            raise ValueError(
-                f"start={path} has another autoencoder: {name} is {there.get(name, 'absent')} there, "
-                f"{here.get(name, 'absent')} here; use its token size and model.* settings"
-            )
-    model.load_state_dict(state)

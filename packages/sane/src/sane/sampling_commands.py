@@ -72,7 +72,8 @@ def sample(command: SampleCommand) -> None:
             f"{broken} of the {command.num} sampled networks have weights that are not finite: use a smaller --bandwidth "
             f"(it is {command.bandwidth:g})"
         )
-    facts = {**model.facts, "strategy": command.strategy, "mode": command.mode, "seed": command.seed}
+    facts = {key: value for key, value in model.facts.items() if key != "trained_on"}
+    facts |= {"strategy": command.strategy, "mode": command.mode, "seed": command.seed}
     save_checkpoint(command.out, prepared.tokenizer.layout.unflatten(found.vectors), facts)
     report: dict[str, Any] = {"file": str(command.out), "networks": len(found.vectors)}
     if found.rounds:
