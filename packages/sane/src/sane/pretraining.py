@@ -445,7 +445,7 @@ class Pretraining:
             )
         self.step, self.last_loss = progress["step"], progress["loss"]
         self.sums.copy_(progress["sums"])
-        self.seen = progress["seen"]
+        self.seen = progress.get("seen", self.seen)
 
     def _parts(self) -> dict[str, Any]:
         schedulers: dict[str, Any] = {"scaler": self.scaler}
