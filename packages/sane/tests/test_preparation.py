@@ -257,3 +257,15 @@ def test_blocks_of_few_checkpoints_are_spread_over_the_split(zoo):
     assert torch.equal(vectors, prepared.vectors("train", places))
     ((places, _),) = prepared.blocks("train")
     assert places.tolist() == list(range(count))
+
+
+@pytest.mark.parametrize("part", [slice(0, 1), slice(1100, 1300), slice(-1, None)])
+def test_runs_are_told_apart_that_differ_in_one_part_alone(tmp_path, part):
+    whole = zoo_of_networks(tmp_path / "a", CNN, runs=12, checkpoints=1)
+    zoo = Zoo.create(tmp_path / "b", layout=whole.layout, split=(0.6, 0.2, 0.2))
+    vectors = whole.params[0, 0].repeat(12, 1)
+    vectors[:, part] += torch.arange(12)[:, None]
+    zoo.append([Run(f"r{k:02d}", vector[None], [0], {}, CNN) for k, vector in enumerate(vectors)])
+    prepared = prepare(zoo, PrepareConfig(token_size=40, align="none", normalization="none"))
+    marks = [mark for split in ("train", "validation", "test") for mark in prepared.marks(split)]
+    assert len({*marks}) == 12 and prepared.marks("train") == prepare(zoo, prepared.config).marks("train")

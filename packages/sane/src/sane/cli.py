@@ -1,6 +1,7 @@
 """The ``sane`` command."""
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -381,7 +382,7 @@ def _later(name: str, module: str = "commands") -> Callable[[Any], int | None]:
             with bars.progress_bars(not getattr(command, "json", False)):
                 status: int | None = getattr(function, name)(command)
         except (RuntimeError, MemoryError) as error:  # torch tells a lack of memory as a RuntimeError
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
+            if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
                 raise
             raise OSError(f"not enough memory, use smaller sizes: {error}") from error
         return status

@@ -38,7 +38,7 @@ _KIND = "sane-preparation"
 _TOGETHER = 2**25
 """Numbers of weights that are worked on at once."""
 _MARK = 1024
-"""Numbers of a checkpoint that tell a run from others."""
+"""Numbers at each end of a checkpoint, and all over it, that tell a run from others."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,15 @@ class Prepared:
         return hashlib.sha256(json.dumps([seen, taken, str(self.config)]).encode()).hexdigest()
 
     def marks(self, split: str) -> list[str]:
-        """What tells the runs of a split from others: digests of the beginning of their last checkpoints."""
+        """What tells the runs of a split from others: digests of parts of their last checkpoints.
+
+        Ends and places all over a checkpoint take part: runs may share most of their layers, as after a transfer.
+        """
+        size = self.zoo.layout.size
+        ends = np.r_[: min(_MARK, size), max(0, size - _MARK) : size]
+        places = torch.from_numpy(np.r_[ends, np.linspace(0, size - 1, _MARK).astype(np.int64)])
         runs = np.unique(self.samples[split].runs).tolist()
-        last = [self.zoo.params[run, len(self.zoo.steps[run]) - 1][:_MARK].float().numpy() for run in runs]
+        last = [self.zoo.params[run, len(self.zoo.steps[run]) - 1][places].float().numpy() for run in runs]
         return sorted(hashlib.blake2b(vector.tobytes(), digest_size=8).hexdigest() for vector in last)
 
     @property
